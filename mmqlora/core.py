@@ -7,14 +7,14 @@ __all__ = ['LIBRARIES', 'InputError', 'repo_root', 'repo_path', 'seed_for', 'rng
            'read_json', 'content_hash', 'file_hash', 'package_folder', 'code_version', 'versions', 'git_commit',
            'hardware', 'result_record']
 
-# %% ../nbs/00_core.ipynb #f605c13f
+# %% ../nbs/00_core.ipynb #1a6750bd
 import hashlib, importlib.metadata, importlib.util, json, os, platform, subprocess, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #eb2c6266
+# %% ../nbs/00_core.ipynb #e36fbda0
 class InputError(ValueError):
     "Something the user gave is wrong: names the place, the problem and, where there is one, the fix."
     def __init__(self,
@@ -24,7 +24,7 @@ class InputError(ValueError):
                 ):
         super().__init__(f"{where}: {problem}" + (f" -- {fix}" if fix else ""))
 
-# %% ../nbs/00_core.ipynb #a8652a9c
+# %% ../nbs/00_core.ipynb #72036f29
 def repo_root(start=None) -> Path:
     "The folder that holds `params.yaml`, at or above `start` (default: the current folder)."
     here = Path(start or Path.cwd()).resolve()
@@ -39,7 +39,7 @@ def repo_path(*parts) -> Path:
     if not path.resolve().is_relative_to(root): raise InputError(path, "lies outside the repository")
     return path
 
-# %% ../nbs/00_core.ipynb #979e9255
+# %% ../nbs/00_core.ipynb #cb80c11f
 def seed_for(seed:int, *stream) -> int:
     "A 63-bit seed that depends on `seed` and on every part of `stream`."
     key = json.dumps([seed, *map(str, stream)]).encode()
@@ -49,7 +49,7 @@ def rng_for(seed:int, *stream) -> np.random.Generator:
     "An independent numpy generator for this seed and purpose."
     return np.random.default_rng(seed_for(seed, *stream))
 
-# %% ../nbs/00_core.ipynb #235f7156
+# %% ../nbs/00_core.ipynb #509f5c75
 @contextmanager
 def atomic_path(path):
     "Yields a temporary path beside `path`; renames it into place if the block ends well, else removes it."
@@ -69,7 +69,7 @@ def write_text(path, text:str):
     "Write text atomically."
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #4c679859
+# %% ../nbs/00_core.ipynb #52c582ae
 def write_json(path, obj):
     "Write `obj` as indented JSON, atomically; NaN and infinity are refused."
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -81,7 +81,7 @@ def read_json(path):
     try: return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err: raise InputError(path, f"not valid JSON ({err})") from None
 
-# %% ../nbs/00_core.ipynb #f537fc05
+# %% ../nbs/00_core.ipynb #fcdea547
 def content_hash(obj) -> str:
     "First 12 hex digits of the SHA-256 of `obj` as canonical JSON."
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()[:12]
@@ -99,7 +99,7 @@ def code_version() -> str:
     sources = sorted(package_folder().glob("*.py"))
     return content_hash([(p.name, file_hash(p)) for p in sources])
 
-# %% ../nbs/00_core.ipynb #e0da1485
+# %% ../nbs/00_core.ipynb #9a1b9faa
 LIBRARIES = "torch transformers peft bitsandbytes numpy av".split()
 
 def versions() -> dict:
@@ -118,7 +118,7 @@ def hardware() -> dict:
     "What this ran on, as far as it shapes time and memory."
     return {"machine": platform.machine(), "system": platform.system(), "cpus": len(os.sched_getaffinity(0))}
 
-# %% ../nbs/00_core.ipynb #9d2f9471
+# %% ../nbs/00_core.ipynb #5287cc27
 def result_record(
     run:str,       # Name of the run in params.yaml
     tier:str,      # Profile it ran under: smoke, cpu or gpu

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['along', 'select_frames', 'coverage', 'interval_sum']
 
-# %% ../nbs/05_frames.ipynb #52055c4f
+# %% ../nbs/05_frames.ipynb #91cb6219
 import numpy as np
 
 from .core import InputError, rng_for
 
-# %% ../nbs/05_frames.ipynb #3d1d37e7
+# %% ../nbs/05_frames.ipynb #5b2ef07a
 def _distinct(index:np.ndarray, n:int) -> np.ndarray:
     "Push equal neighbours apart, staying inside [0, n)."
     k = len(index)
@@ -31,7 +31,7 @@ def along(signal:np.ndarray, # (T,) non-negative
     index = np.searchsorted(cumulative, (np.arange(k) + .5)/k*cumulative[-1])
     return _distinct(np.minimum(index, n - 1), n)
 
-# %% ../nbs/05_frames.ipynb #6f06c87a
+# %% ../nbs/05_frames.ipynb #64c273f0
 def select_frames(
     selector:str,     # uniform, random, motion or entropy
     signals:dict,     # name -> (T,) signal; at least the one that the selector follows
@@ -49,13 +49,13 @@ def select_frames(
     if selector not in signals: raise InputError("selector", f"unknown selector '{selector}'", f"choose from: uniform, random, {', '.join(signals)}")
     return along(signals[selector], k, floor)
 
-# %% ../nbs/05_frames.ipynb #12b97d1d
+# %% ../nbs/05_frames.ipynb #10879e4d
 def coverage(chosen:np.ndarray, events:list[dict]) -> float:
     "Share of events (`start`, `length` in frames) with a chosen frame inside."
     inside = [((chosen >= e["start"]) & (chosen < e["start"] + e["length"])).any() for e in events]
     return float(np.mean(inside))
 
-# %% ../nbs/05_frames.ipynb #7e588d19
+# %% ../nbs/05_frames.ipynb #ac00923e
 def interval_sum(signal:np.ndarray, # (T,)
                  chosen:np.ndarray, # (K,) increasing frame indices
                 )->np.ndarray:      # (K,)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['FRAMES', 'FPS', 'COLORS', 'SHAPES', 'PERSISTENT', 'TRANSIENT', 'EVENTS', 'BASE_PHRASES', 'TARGET_PHRASES', 'GLUE',
            'KIND_OF', 'STEP', 'START', 'SHIFT', 'GALLERY', 'BASE_MIX', 'vocabulary', 'Thing', 'Event', 'Scene',
-           'slots_of', 'place', 'two_names', 'schedule', 'sequence', 'target_caption', 'target_scene', 'quartet',
-           'gallery', 'base_sequence', 'base_single', 'base_still', 'base_scene']
+           'slots_of', 'place', 'two_names', 'schedule', 'sequence', 'two_kinds', 'target_caption', 'target_scene',
+           'quartet', 'gallery', 'base_sequence', 'base_single', 'base_still', 'base_scene']
 
-# %% ../nbs/02a_scenes.ipynb #bb1d095e
+# %% ../nbs/02a_scenes.ipynb #8a6610ac
 from dataclasses import dataclass
 
 import numpy as np
 
 from .core import InputError
 
-# %% ../nbs/02a_scenes.ipynb #9c05100a
+# %% ../nbs/02a_scenes.ipynb #0f930bd3
 FRAMES, FPS = 32, 16                                         # A clip: 32 frames, two seconds
 COLORS = {"red": (.90, .12, .10), "green": (.10, .75, .15), "blue": (.12, .25, .95), "yellow": (.95, .88, .10),
           "white": (.97, .97, .97), "purple": (.70, .10, .80)}
@@ -28,14 +28,14 @@ BASE_PHRASES = {"left": "moves left", "right": "moves right", "up": "moves up", 
 TARGET_PHRASES = {"left": "slides west", "right": "slides east", "up": "slides north", "down": "slides south",
                   "grow": "expands", "shrink": "contracts", "blink": "vanishes briefly", "jump": "hops",
                   "flash": "darkens"}
-GLUE = "a the while stays still beside first , and then ."
+GLUE = "a the while stays still never beside first , and then ."
 
 def vocabulary() -> list[str]:
     "Every word of the grammar, sorted."
     phrases = (*BASE_PHRASES.values(), *TARGET_PHRASES.values(), *COLORS, *SHAPES, GLUE)
     return sorted({word for phrase in phrases for word in phrase.split()})
 
-# %% ../nbs/02a_scenes.ipynb #05e1b040
+# %% ../nbs/02a_scenes.ipynb #f0f02705
 @dataclass(frozen=True)
 class Thing:
     "A coloured shape at its starting place; positions and radius are fractions of the frame's side."
@@ -57,7 +57,7 @@ class Scene:
     noise: float = .02                                       # Standard deviation of the noise, of full scale
     stripes: bool = False                                    # Out of domain: striped walls
 
-# %% ../nbs/02a_scenes.ipynb #e24efe59
+# %% ../nbs/02a_scenes.ipynb #ad2e0eaa
 KIND_OF = {phrase: kind for table in (BASE_PHRASES, TARGET_PHRASES) for kind, phrase in table.items()}
 
 def slots_of(caption:str) -> dict:
@@ -72,7 +72,7 @@ def slots_of(caption:str) -> dict:
     found = (found + [(None, None, None)]*2)[:2]
     return {f"{slot}{n}": found[n - 1][i] for n in (1, 2) for i, slot in enumerate("cse")}
 
-# %% ../nbs/02a_scenes.ipynb #d5d7d93a
+# %% ../nbs/02a_scenes.ipynb #241f0a4b
 STEP = .32                                                   # How far a moving thing goes
 START = {"left": ((.52, .82), (.2, .8)), "right": ((.18, .48), (.2, .8)), "up": ((.2, .8), (.52, .82)),
          "down": ((.2, .8), (.18, .48)), "jump": ((.2, .8), (.42, .8))}
@@ -93,7 +93,7 @@ def place(rng, color:str, shape:str, kind:str|None, others=()) -> tuple[Thing, t
     r = {"grow": .145, "shrink": .25}.get(kind) or float(rng.uniform(.17, .22))
     return Thing(color, shape, x, y, r), ends
 
-# %% ../nbs/02a_scenes.ipynb #92667b6f
+# %% ../nbs/02a_scenes.ipynb #e5a1711b
 def two_names(rng) -> list[tuple[str, str]]:
     "Two (color, shape) pairs that differ in both."
     colors, shapes = rng.permutation(list(COLORS))[:2], rng.permutation(SHAPES)[:2]
@@ -106,7 +106,7 @@ def schedule(rng, lengths, gap:int) -> list[int]:
     between = int(rng.integers(0, free - before))
     return [2 + before, 2 + before + lengths[0] + gap + between]
 
-# %% ../nbs/02a_scenes.ipynb #76ead095
+# %% ../nbs/02a_scenes.ipynb #f367c0a8
 def sequence(rng, names, kinds, persistent=(3, 6), transient=(2, 4), gap=3) -> tuple[tuple, tuple]:
     "Two things and their two events, one after the other. The drawing order does not tell the order in time."
     things, taken = [], ()
@@ -120,6 +120,13 @@ def sequence(rng, names, kinds, persistent=(3, 6), transient=(2, 4), gap=3) -> t
     events = tuple(Event(order.index(i), k, s, n) for i, (k, s, n) in enumerate(zip(kinds, starts, lengths)))
     return tuple(things[i] for i in order), events
 
+# %% ../nbs/02a_scenes.ipynb #e5359bc0
+def two_kinds(rng) -> list[str]:
+    "Two different kinds of event; each is transient with probability one half."
+    pools = [TRANSIENT if rng.random() < .5 else PERSISTENT for _ in range(2)]
+    first = str(rng.choice(pools[0]))
+    return [first, str(rng.choice([k for k in pools[1] if k != first]))]
+
 def target_caption(names, kinds) -> str:
     "The one sentence of the target domain."
     (a, b), (p, q) = [" ".join(n) for n in names], [TARGET_PHRASES[k] for k in kinds]
@@ -128,20 +135,20 @@ def target_caption(names, kinds) -> str:
 def target_scene(rng, names=None, kinds=None, ood:bool=False) -> Scene:
     "A target scene; `ood` has striped walls, faster events and three times the noise."
     names = names or two_names(rng)
-    kinds = kinds or [str(k) for k in rng.permutation(EVENTS)[:2]]
+    kinds = kinds or two_kinds(rng)
     speed = dict(persistent=(2, 4), transient=(2, 3)) if ood else {}
     things, events = sequence(rng, names, kinds, **speed)
     cuts = (int(rng.integers(3, FRAMES - 3)),) if rng.random() < .3 else ()
     return Scene(things, events, target_caption(names, kinds), int(rng.integers(2**31)), cuts, bright=.12,
                  noise=.06 if ood else .02, stripes=ood)
 
-# %% ../nbs/02a_scenes.ipynb #0f077dce
+# %% ../nbs/02a_scenes.ipynb #5ccf26d3
 GALLERY = 8
 
 def quartet(rng, ood:bool=False) -> list[Scene]:
     "Four scenes with equal words: as drawn, order swapped, verbs swapped, both swapped."
     a, b = two_names(rng)
-    p, q = [str(k) for k in rng.permutation(EVENTS)[:2]]
+    p, q = two_kinds(rng)
     variants = [([a, b], [p, q]), ([b, a], [q, p]), ([a, b], [q, p]), ([b, a], [p, q])]
     return [target_scene(rng, names, kinds, ood) for names, kinds in variants]
 
@@ -149,7 +156,7 @@ def gallery(rng, ood:bool=False) -> list[Scene]:
     "Eight scenes: two quartets of hard negatives."
     return quartet(rng, ood) + quartet(rng, ood)
 
-# %% ../nbs/02a_scenes.ipynb #f1872127
+# %% ../nbs/02a_scenes.ipynb #9858af2d
 def _dialect(rng): return (BASE_PHRASES, "a") if rng.random() < .5 else (TARGET_PHRASES, "the")
 
 def base_sequence(rng) -> Scene:
@@ -160,21 +167,23 @@ def base_sequence(rng) -> Scene:
     told = [f"{article} {c} {s} {phrases[k]}" for (c, s), k in zip(names, kinds)]
     return Scene(things, events, f"{told[0]} then {told[1]} .", int(rng.integers(2**31)))
 
-def base_single(rng, bystander:bool) -> Scene:
-    "One longer event, perhaps beside a thing that stays still."
+def base_single(rng, bystander:bool, transient:float=0.) -> Scene:
+    "One longer event, perhaps beside a thing that does nothing."
     (c, s), other = two_names(rng)
-    kind = str(rng.choice(PERSISTENT))
+    brief = not bystander and rng.random() < transient
+    kind = str(rng.choice(TRANSIENT if brief else PERSISTENT))
     thing, ends = place(rng, c, s, kind)
-    length = int(rng.integers(6, 17))
+    length = int(rng.integers(*((4, 9) if brief else (6, 17))))
     event = Event(0, kind, int(rng.integers(2, FRAMES - length - 1)), length)
     phrases, article = _dialect(rng)
     things, tail = (thing,), ""
     if bystander:
         things += (place(rng, *other, None, ends)[0],)
-        tail = f" while {article} {things[1].name} stays still"
+        idle = "stays still" if rng.random() < .5 else f"never {phrases[str(rng.choice(EVENTS))]}"
+        tail = f" while {article} {things[1].name} {idle}"
     return Scene(things, (event,), f"{article} {thing.name} {phrases[kind]}{tail} .", int(rng.integers(2**31)))
 
-# %% ../nbs/02a_scenes.ipynb #13197846
+# %% ../nbs/02a_scenes.ipynb #2699b612
 def base_still(rng) -> Scene:
     "Two things, left one first, and no event."
     (c, s), other = two_names(rng)
@@ -186,10 +195,10 @@ def base_still(rng) -> Scene:
 
 BASE_MIX = {"sequence": .5, "pair": .28, "single": .12, "still": .1}
 
-def base_scene(rng, kind:str|None=None) -> Scene:
+def base_scene(rng, kind:str|None=None, transient:float=0.) -> Scene:
     "A scene of the pretraining mix, or of one `kind` of it."
     kind = kind or str(rng.choice(list(BASE_MIX), p=list(BASE_MIX.values())))
     if kind not in BASE_MIX: raise InputError("base scene", f"unknown kind '{kind}'", f"choose from {', '.join(BASE_MIX)}")
     if kind == "sequence": return base_sequence(rng)
     if kind == "still": return base_still(rng)
-    return base_single(rng, bystander=kind == "pair")
+    return base_single(rng, kind == "pair", transient)
