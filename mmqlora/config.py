@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Split', 'Selector', 'Method', 'Modality', 'Gate', 'GateSignal', 'Strict', 'RunConfig', 'Profile', 'CorpusConfig',
-           'FramesConfig', 'PretrainConfig', 'Params', 'parse', 'read_yaml', 'load_params', 'active_profile',
-           'run_config']
+           'FramesConfig', 'PretrainConfig', 'TuneConfig', 'Params', 'parse', 'read_yaml', 'load_params',
+           'active_profile', 'run_config']
 
-# %% ../nbs/01_config.ipynb #48519d76
+# %% ../nbs/01_config.ipynb #ab26cb8f
 import difflib
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .core import InputError, repo_path
 
-# %% ../nbs/01_config.ipynb #4c7340cb
+# %% ../nbs/01_config.ipynb #cec319df
 Split = Literal["train", "dev", "test", "ood"]
 Selector = Literal["uniform", "random", "motion", "entropy"]
 Method = Literal["frozen", "full", "lora", "qlora"]
@@ -29,7 +29,7 @@ class Strict(BaseModel):
     "A read-only model in which unknown keys are errors."
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-# %% ../nbs/01_config.ipynb #ebcdc79b
+# %% ../nbs/01_config.ipynb #8a9cb982
 class RunConfig(Strict):
     "Everything that defines one fine-tuning run."
     method: Method = "qlora"
@@ -55,7 +55,7 @@ class RunConfig(Strict):
         if self.gate != "none" and not adapted: raise ValueError(f"a gate needs lora or qlora, not {self.method}")
         return self
 
-# %% ../nbs/01_config.ipynb #5631670a
+# %% ../nbs/01_config.ipynb #0d6ac3bf
 class Profile(Strict):
     "How much of everything: the size of one tier."
     clips: dict[Split, int]                         # Clips used of each split
@@ -77,7 +77,7 @@ class FramesConfig(Strict):
     floor: float = Field(.35, ge=0, le=1)           # Share of the budget spread evenly, whatever the signal
     seed: int = 0
 
-# %% ../nbs/01_config.ipynb #137536f9
+# %% ../nbs/01_config.ipynb #9d3e8ba4
 class PretrainConfig(Strict):
     "The base model: its size and its schedule on the GPU."
     vision: dict[str, int]                          # hidden, layers, mlp
@@ -90,6 +90,11 @@ class PretrainConfig(Strict):
     held_out: int = 500                             # Base clips kept for testing
     seed: int = 0
 
+class TuneConfig(Strict):
+    "What is tuned on the dev split: run -> field of the run -> values to try."
+    seed: int                                       # A seed that no reported run uses
+    grid: dict[str, dict[str, list]]
+
 class Params(Strict):
     "All of params.yaml."
     profile: str
@@ -97,10 +102,11 @@ class Params(Strict):
     corpus: CorpusConfig
     frames: FramesConfig
     pretrain: PretrainConfig
+    tune: TuneConfig
     defaults: dict = {}
     runs: dict[str, dict]
 
-# %% ../nbs/01_config.ipynb #0975e540
+# %% ../nbs/01_config.ipynb #831ff507
 def _nearest(word:str, words) -> str:
     close = difflib.get_close_matches(word, list(words), n=1)
     return f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(words)}"
@@ -115,7 +121,7 @@ def parse(model:type[BaseModel], data:dict, where) -> BaseModel:
     known = model.model_fields if len(first["loc"]) == 1 else []
     raise InputError(f"{where}: {path}", "unknown key", _nearest(path, known) if known else "remove it")
 
-# %% ../nbs/01_config.ipynb #5465efee
+# %% ../nbs/01_config.ipynb #b24d91eb
 def read_yaml(path) -> dict:
     "Read a YAML mapping; a missing or broken file is an `InputError`."
     path = Path(path)
@@ -131,7 +137,7 @@ def load_params(path=None) -> Params:
     for name in params.runs: run_config(params, name)
     return params
 
-# %% ../nbs/01_config.ipynb #53b676b3
+# %% ../nbs/01_config.ipynb #151de17f
 def active_profile(params:Params) -> Profile:
     "The profile in force."
     if params.profile in params.profiles: return params.profiles[params.profile]

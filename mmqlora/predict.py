@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_captions', 'score_captions', 'score_galleries']
 
-# %% ../nbs/10_predict.ipynb #65fd34a6
+# %% ../nbs/10_predict.ipynb #325b22e3
 import torch
 from tqdm.auto import tqdm
 
@@ -15,7 +15,7 @@ from .core import InputError
 from .temporal import set_frame_signals
 from .train import caption_loss
 
-# %% ../nbs/10_predict.ipynb #3e3a427a
+# %% ../nbs/10_predict.ipynb #addc6dc7
 def _batches(model, tokenizer, clips:ClipSet, captions, signals, batch_size:int, label:str):
     "Yields model inputs for consecutive rows, on the model's device, after setting their frame signals."
     device, tokens = next(model.parameters()).device, tokens_per_frame(model.config)
@@ -44,7 +44,7 @@ def write_captions(
         written += tokenizer.batch_decode(ids[:, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
     return [" ".join(w.split()) for w in written]
 
-# %% ../nbs/10_predict.ipynb #85266cd2
+# %% ../nbs/10_predict.ipynb #f77c61d6
 @torch.no_grad()
 def score_captions(model, tokenizer, clips:ClipSet, captions:list[str], signals=None, batch_size:int=100) -> torch.Tensor:
     "(N,) mean log-likelihood per token of caption i given clip i."
@@ -55,7 +55,7 @@ def score_captions(model, tokenizer, clips:ClipSet, captions:list[str], signals=
               for batch in _batches(model, tokenizer, clips, ids, signals, batch_size, "scores")]
     return -torch.cat(losses)/torch.tensor([len(i) for i in ids])
 
-# %% ../nbs/10_predict.ipynb #9d114372
+# %% ../nbs/10_predict.ipynb #0a183537
 def score_galleries(model, tokenizer, clips:ClipSet, captions:list[str], galleries:list[str], signals=None, batch_size:int=100) -> torch.Tensor:
     "(galleries, G, G) log-likelihood per token: [g, i, j] is caption j given clip i of gallery g. Galleries must be equally large."
     groups = {}

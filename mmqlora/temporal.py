@@ -7,7 +7,7 @@ __all__ = ['LAYERS', 'FrameState', 'frame_of_tokens', 'gate_values', 'spread', '
            'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'gated_layers', 'wire_gates',
            'set_frame_signals']
 
-# %% ../nbs/08_temporal.ipynb #de2c0755
+# %% ../nbs/08_temporal.ipynb #5e85e582
 from dataclasses import dataclass, field
 
 import bitsandbytes as bnb
@@ -20,7 +20,7 @@ from torch import nn
 from .core import InputError
 from .model import modality_of
 
-# %% ../nbs/08_temporal.ipynb #d823f847
+# %% ../nbs/08_temporal.ipynb #0383f88d
 @dataclass
 class FrameState:
     "What the gated layers of one model need to know about the batch."
@@ -32,7 +32,7 @@ def frame_of_tokens(input_ids:torch.Tensor, image_token:int, tokens_per_frame:in
     image = input_ids == image_token
     return torch.where(image, (image.cumsum(1) - 1)//tokens_per_frame, -1)
 
-# %% ../nbs/08_temporal.ipynb #83aacd36
+# %% ../nbs/08_temporal.ipynb #e72c3630
 def gate_values(signal, slope, bias):
     "2 sigmoid(U z + b): (B, K, C) signals, slope (r, C), bias (r,) -> (B, K, r); 1 where slope and bias are 0."
     return 2*torch.sigmoid(signal @ slope.T + bias)
@@ -47,7 +47,7 @@ def spread(gate:torch.Tensor, x:torch.Tensor, state:FrameState, modality:str) ->
     if len(x) != b*k: raise InputError("frame signals", f"{b} x {k} frames, but a {modality} layer sees {len(x)}", "set_frame_signals for this batch")
     return gate.view(b*k, *[1]*(x.ndim - 2), r)
 
-# %% ../nbs/08_temporal.ipynb #846ee9c4
+# %% ../nbs/08_temporal.ipynb #d08db5f8
 class GateVariant(LoraVariant):
     "The peft variant: its forward is LoRA's with the gate between A and B."
     @staticmethod
@@ -75,7 +75,7 @@ class GateVariant(LoraVariant):
 
     merge_unsafe = unmerge = merge_safe
 
-# %% ../nbs/08_temporal.ipynb #cdb27b96
+# %% ../nbs/08_temporal.ipynb #a8e11eeb
 class Gated:
     "Mixed into a peft LoRA layer: gate parameters beside lora_A and lora_B."
     adapter_layer_names = (*Linear.adapter_layer_names, "lora_gate_slope", "lora_gate_bias")
@@ -94,7 +94,7 @@ class GatedLinear8bit(Gated, Linear8bitLt): pass
 
 LAYERS = {bnb.nn.Linear4bit: GatedLinear4bit, bnb.nn.Linear8bitLt: GatedLinear8bit, nn.Linear: GatedLinear}
 
-# %% ../nbs/08_temporal.ipynb #52634dbb
+# %% ../nbs/08_temporal.ipynb #e17313f4
 @dataclass
 class TemporalLoraConfig(LoraConfig):
     "LoRA with a temporal gate."
@@ -106,7 +106,7 @@ class TemporalLoraConfig(LoraConfig):
         if self.gate not in ("rank", "scalar"): raise InputError("gate", f"unknown gate '{self.gate}'", "choose from: rank, scalar")
         self._register_custom_module(LAYERS)
 
-# %% ../nbs/08_temporal.ipynb #d52f2c70
+# %% ../nbs/08_temporal.ipynb #7bddc088
 def gated_layers(model:nn.Module) -> dict[str, nn.Module]:
     "Name -> gated layer."
     return {name: m for name, m in model.named_modules() if isinstance(m, Gated)}

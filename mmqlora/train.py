@@ -6,7 +6,7 @@
 __all__ = ['gate_signals', 'caption_loss', 'rows_of_step', 'rate_at', 'make_optimizer', 'trained_tensors', 'save_checkpoint',
            'load_checkpoint', 'Trainer', 'fit', 'build']
 
-# %% ../nbs/09_train.ipynb #c4bca767
+# %% ../nbs/09_train.ipynb #f38c5abe
 import json, math, time
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from .adapters import QUANTIZATION, adapt, tokens_per_frame
 from .batch import ClipSet, caption_ids, collate
 from .config import RunConfig
-from .core import InputError, atomic_path, content_hash, rng_for, seed_for
+from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
 from .model import load_model
 from .temporal import set_frame_signals
 
-# %% ../nbs/09_train.ipynb #353786c2
+# %% ../nbs/09_train.ipynb #f87c62ab
 def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:str="train") -> torch.Tensor:
     "(N, K, C) signals for the gates, standardized by those of `reference`: motion, constant, shuffled or random."
     mean, deviation = reference.signal.mean((0, 1)), reference.signal.std((0, 1)).clamp(min=1e-6)
@@ -38,7 +38,7 @@ def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:s
     order = torch.from_numpy(rng.random(tuple(signal.shape[:2])).argsort(1))
     return signal.gather(1, order[..., None].expand_as(signal))
 
-# %% ../nbs/09_train.ipynb #cb3b639f
+# %% ../nbs/09_train.ipynb #04cb83e1
 def caption_loss(model, batch:dict, reduction:str="mean") -> torch.Tensor:
     "Cross-entropy of the caption tokens. 'mean': over all of them; 'none': (B, L), 0 at padding."
     labels = batch["labels"]
@@ -48,7 +48,7 @@ def caption_loss(model, batch:dict, reduction:str="mean") -> torch.Tensor:
     loss = F.cross_entropy(logits.float().transpose(1, 2), labels[:, first:], ignore_index=-100, reduction=reduction)
     return loss
 
-# %% ../nbs/09_train.ipynb #fc3cc65c
+# %% ../nbs/09_train.ipynb #4d78d15b
 def rows_of_step(step:int, batch_size:int, n:int, seed:int) -> torch.Tensor:
     "Row numbers of the clips in a step; every epoch is a new permutation."
     if batch_size > n: raise InputError("batch_size", f"{batch_size} clips a batch, but there are {n}")
@@ -70,7 +70,7 @@ def make_optimizer(model, config:RunConfig) -> torch.optim.AdamW:
     for group in groups: group["peak"] = group["lr"]
     return torch.optim.AdamW(groups, betas=(.9, .98))
 
-# %% ../nbs/09_train.ipynb #7428e9b9
+# %% ../nbs/09_train.ipynb #26f41884
 def trained_tensors(model) -> dict[str, torch.Tensor]:
     "Name -> tensor of everything that is trained."
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -96,7 +96,7 @@ def load_checkpoint(path, model, optimizer, key:str) -> dict:
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
-# %% ../nbs/09_train.ipynb #a296b209
+# %% ../nbs/09_train.ipynb #973d4ca5
 class Trainer:
     "One model, one set of clips, one seed: `step(n)` is everything that happens in step n."
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int=0):
@@ -120,7 +120,7 @@ class Trainer:
         self.optimizer.step()
         return float(loss)
 
-# %% ../nbs/09_train.ipynb #2ed349f0
+# %% ../nbs/09_train.ipynb #04ceb688
 def fit(
     trainer:Trainer,
     checkpoint=None,     # File to save to and resume from (default: none)
@@ -130,7 +130,7 @@ def fit(
 )->dict:                 # {"loss": per step, "seconds": training time}
     "Train to the end of the schedule, resuming from `checkpoint` if it exists. A loss that is not finite is an `InputError`."
     config = trainer.config
-    key = content_hash([config.model_dump(), trainer.seed, len(trainer.clips)])
+    key = content_hash([config.model_dump(), trainer.seed, code_version(), int(trainer.clips.pixels.sum())])
     state = {"key": key, "step": 0, "loss": [], "seconds": 0.}
     if checkpoint and Path(checkpoint).is_file(): state = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, key)
     trainer.model.train()
@@ -143,7 +143,7 @@ def fit(
         if checkpoint and ((n + 1) % every == 0 or n + 1 == last): save_checkpoint(checkpoint, trainer.model, trainer.optimizer, state)
     return {k: state[k] for k in ("loss", "seconds")}
 
-# %% ../nbs/09_train.ipynb #4aca3e80
+# %% ../nbs/09_train.ipynb #0d022a76
 def build(base, config:RunConfig, seed:int=0, device:str|None=None):
     "(model, tokenizer) ready to train: the base in folder `base`, loaded and adapted as `config` says."
     model, tokenizer = load_model(base, QUANTIZATION[config.method], device=device)
