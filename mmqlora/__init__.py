@@ -6,8 +6,11 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['ROOMS']
 
-# %% ../nbs/15a_init.ipynb #af7f4c60
-import importlib
+# %% ../nbs/15a_init.ipynb #c5f22c8a
+import importlib, logging, warnings
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)         # asks for an optional kernel from the hub at import
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")     # peft 0.21 meets transformers 5.23
 
 ROOMS = {
     "core": "InputError repo_path",

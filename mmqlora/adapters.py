@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTIZATION', 'tokens_per_frame', 'adapt']
 
-# %% ../nbs/08b_adapters.ipynb #94a186f6
+# %% ../nbs/08b_adapters.ipynb #4c170abe
 import peft
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from .model import bits_of, linears
 from .ranks import audit, rank_settings
 from .temporal import TemporalLoraConfig, wire_gates
 
-# %% ../nbs/08b_adapters.ipynb #5085b34e
+# %% ../nbs/08b_adapters.ipynb #75c6a725
 QUANTIZATION = {"frozen": "none", "full": "none", "lora": "none", "qlora": "nf4"}      # method -> how to load its base
 
 def tokens_per_frame(config) -> int:
@@ -28,7 +28,7 @@ def _check_bits(model, method:str):
     if method == "qlora" and bits != {4}: raise InputError("method qlora", f"the model's linears have {sorted(bits)} bits, not 4", "load_model(..., quantization='nf4')")
     if method in ("full", "lora") and min(bits) < 16: raise InputError(f"method {method}", "the model is quantized", "load_model(..., quantization='none'), or use qlora")
 
-# %% ../nbs/08b_adapters.ipynb #1090c0d7
+# %% ../nbs/08b_adapters.ipynb #404166ff
 def adapt(
     model:nn.Module,             # A model from `load_model`
     method:str="qlora",          # frozen, full, lora or qlora

@@ -6,7 +6,7 @@
 __all__ = ['INSTANTS', 'SPECIALS', 'build_tokenizer', 'caption_ids', 'ClipSet', 'save_clips', 'load_clips', 'pixel_values',
            'prompt_ids', 'collate']
 
-# %% ../nbs/06_batch.ipynb #730e913a
+# %% ../nbs/06_batch.ipynb #29192648
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .core import InputError, atomic_path
 
-# %% ../nbs/06_batch.ipynb #985efd52
+# %% ../nbs/06_batch.ipynb #b8317d8e
 INSTANTS = 32                                                          # Time tokens <t00> ... <t31>
 SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
@@ -38,7 +38,7 @@ def caption_ids(tokenizer, caption:str, where:str="caption") -> list[int]:
         raise InputError(where, f"words unknown to this base model: {', '.join(words)}", "caption with the words of its tokenizer, or use a base with a subword tokenizer")
     return ids + [tokenizer.eos_token_id]
 
-# %% ../nbs/06_batch.ipynb #b3a7e463
+# %% ../nbs/06_batch.ipynb #ad795ab2
 @dataclass(frozen=True)
 class ClipSet:
     "N clips of K chosen frames each."
@@ -60,7 +60,7 @@ def load_clips(path, limit:int|None=None) -> ClipSet:
         with safe_open(path, "pt") as f: return ClipSet(*(f.get_slice(d.name)[:limit] for d in fields(ClipSet)))
     except Exception as err: raise InputError(path, f"not a clip set ({err})") from None
 
-# %% ../nbs/06_batch.ipynb #258f4bca
+# %% ../nbs/06_batch.ipynb #1ac589fc
 def pixel_values(pixels:torch.Tensor) -> torch.Tensor:
     "uint8 -> float32 in about [-1, 1], never exactly 0."
     return pixels.float().contiguous().div_(127.5).sub_(1.003)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'errors', 'command', 'corpus', 'train', 'caption', 'check', 'main']
 
-# %% ../nbs/15_cli.ipynb #4c39b6d3
+# %% ../nbs/15_cli.ipynb #eb619f0b
 import functools
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from rich.table import Table
 from .config import load_params
 from .core import InputError, repo_path, write_json
 
-# %% ../nbs/15_cli.ipynb #773b98e6
+# %% ../nbs/15_cli.ipynb #b6a47708
 app = typer.Typer(help="Temporal-aware QLoRA for video-language models.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False)
 console, errors = Console(), Console(stderr=True, soft_wrap=True)
@@ -32,7 +32,7 @@ def command(function):
             raise typer.Exit(1) from None
     return app.command()(guarded)
 
-# %% ../nbs/15_cli.ipynb #dfadb364
+# %% ../nbs/15_cli.ipynb #e7721c86
 @command
 def corpus(force: Annotated[bool, typer.Option(help="Render again even if every file is there and intact.")] = False,
            workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = 2):
@@ -51,7 +51,7 @@ def corpus(force: Annotated[bool, typer.Option(help="Render again even if every 
     records = build_mmevents(root, config, workers)
     console.print(f"{root}: rendered {len(records)} clips")
 
-# %% ../nbs/15_cli.ipynb #5234ddad
+# %% ../nbs/15_cli.ipynb #acdd13f1
 @command
 def train(run: Annotated[str, typer.Argument(help="Name of a run in params.yaml.")]):
     "Train and evaluate one run of params.yaml; writes results/<profile>/<run>.json and keeps the adapters."
@@ -67,7 +67,7 @@ def train(run: Annotated[str, typer.Argument(help="Name of a run in params.yaml.
         table.add_row(name, f"{m['value']:.3f}", "" if m["ci95"] is None else "{:.3f} to {:.3f}".format(*m["ci95"]))
     console.print(table)
 
-# %% ../nbs/15_cli.ipynb #0a3a6c1c
+# %% ../nbs/15_cli.ipynb #a626ef01
 @command
 def caption(videos: Annotated[list[Path], typer.Argument(help="Video files.")],
             base: Annotated[Path, typer.Option(help="Folder of the base model.")] = Path("models/base"),
@@ -80,9 +80,9 @@ def caption(videos: Annotated[list[Path], typer.Argument(help="Video files.")],
     from mmqlora.quickstart import load
     clips = load_videos(videos, frames, selector=selector)
     model, tokenizer = load(base, adapter)
-    for path, text in zip(videos, write_captions(model, tokenizer, clips, clips.signal)): console.print(f"{path}: {text}", markup=False)
+    for path, text in zip(videos, write_captions(model, tokenizer, clips)): console.print(f"{path}: {text}", markup=False)
 
-# %% ../nbs/15_cli.ipynb #e73af817
+# %% ../nbs/15_cli.ipynb #de3f87d7
 @command
 def check():
     "Check that the paper's numbers, tables and figures all exist (release check)."

@@ -7,7 +7,7 @@ __all__ = ['Split', 'Selector', 'Method', 'Modality', 'Gate', 'GateSignal', 'Str
            'FramesConfig', 'PretrainConfig', 'TuneConfig', 'Params', 'parse', 'read_yaml', 'load_params',
            'active_profile', 'run_config']
 
-# %% ../nbs/01_config.ipynb #ab26cb8f
+# %% ../nbs/01_config.ipynb #56c8258d
 import difflib
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .core import InputError, repo_path
 
-# %% ../nbs/01_config.ipynb #cec319df
+# %% ../nbs/01_config.ipynb #11adeec9
 Split = Literal["train", "dev", "test", "ood"]
 Selector = Literal["uniform", "random", "motion", "entropy"]
 Method = Literal["frozen", "full", "lora", "qlora"]
@@ -29,7 +29,7 @@ class Strict(BaseModel):
     "A read-only model in which unknown keys are errors."
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-# %% ../nbs/01_config.ipynb #8a9cb982
+# %% ../nbs/01_config.ipynb #d09f7400
 class RunConfig(Strict):
     "Everything that defines one fine-tuning run."
     method: Method = "qlora"
@@ -39,8 +39,8 @@ class RunConfig(Strict):
     alpha_over_rank: float = Field(2.0, gt=0)       # LoRA scaling alpha / r, the same for every modality
     gate: Gate = "none"
     gate_signal: GateSignal = "motion"
-    gate_lr: float = Field(5.0, gt=0)               # Learning rate of the gates, as a multiple of lr
-    lr: float = Field(4e-3, gt=0)
+    gate_lr: float = Field(3.0, gt=0)               # Learning rate of the gates, as a multiple of lr
+    lr: float = Field(8e-3, gt=0)
     steps: int = Field(300, ge=0)
     batch_size: int = Field(16, ge=1)
     warmup: int = Field(20, ge=0)                   # Steps of linear warm-up before the cosine
@@ -55,7 +55,7 @@ class RunConfig(Strict):
         if self.gate != "none" and not adapted: raise ValueError(f"a gate needs lora or qlora, not {self.method}")
         return self
 
-# %% ../nbs/01_config.ipynb #0d6ac3bf
+# %% ../nbs/01_config.ipynb #eec561eb
 class Profile(Strict):
     "How much of everything: the size of one tier."
     clips: dict[Split, int]                         # Clips used of each split
@@ -77,7 +77,7 @@ class FramesConfig(Strict):
     floor: float = Field(.35, ge=0, le=1)           # Share of the budget spread evenly, whatever the signal
     seed: int = 0
 
-# %% ../nbs/01_config.ipynb #9d3e8ba4
+# %% ../nbs/01_config.ipynb #3bfe41b6
 class PretrainConfig(Strict):
     "The base model: its size and its schedule on the GPU."
     vision: dict[str, int]                          # hidden, layers, mlp
@@ -106,7 +106,7 @@ class Params(Strict):
     defaults: dict = {}
     runs: dict[str, dict]
 
-# %% ../nbs/01_config.ipynb #831ff507
+# %% ../nbs/01_config.ipynb #8ca01077
 def _nearest(word:str, words) -> str:
     close = difflib.get_close_matches(word, list(words), n=1)
     return f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(words)}"
@@ -121,7 +121,7 @@ def parse(model:type[BaseModel], data:dict, where) -> BaseModel:
     known = model.model_fields if len(first["loc"]) == 1 else []
     raise InputError(f"{where}: {path}", "unknown key", _nearest(path, known) if known else "remove it")
 
-# %% ../nbs/01_config.ipynb #b24d91eb
+# %% ../nbs/01_config.ipynb #2896f5df
 def read_yaml(path) -> dict:
     "Read a YAML mapping; a missing or broken file is an `InputError`."
     path = Path(path)
@@ -137,7 +137,7 @@ def load_params(path=None) -> Params:
     for name in params.runs: run_config(params, name)
     return params
 
-# %% ../nbs/01_config.ipynb #151de17f
+# %% ../nbs/01_config.ipynb #00ec6589
 def active_profile(params:Params) -> Profile:
     "The profile in force."
     if params.profile in params.profiles: return params.profiles[params.profile]

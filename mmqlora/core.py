@@ -7,14 +7,14 @@ __all__ = ['LIBRARIES', 'InputError', 'repo_root', 'repo_path', 'seed_for', 'rng
            'read_json', 'content_hash', 'file_hash', 'package_folder', 'code_version', 'versions', 'git_commit',
            'hardware', 'result_record']
 
-# %% ../nbs/00_core.ipynb #dd72624d
+# %% ../nbs/00_core.ipynb #28d8e78a
 import hashlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #78471e0e
+# %% ../nbs/00_core.ipynb #caadd26f
 class InputError(ValueError):
     "Something the user gave is wrong: names the place, the problem and, where there is one, the fix."
     def __init__(self,
@@ -26,7 +26,7 @@ class InputError(ValueError):
         self.parts = str(where), problem, fix
     def __reduce__(self): return InputError, self.parts      # so that worker processes can raise it
 
-# %% ../nbs/00_core.ipynb #3efe6024
+# %% ../nbs/00_core.ipynb #c99dd8ba
 def repo_root(start=None) -> Path:
     "The folder that holds `params.yaml`, at or above `start` (default: the current folder)."
     here = Path(start or Path.cwd()).resolve()
@@ -41,7 +41,7 @@ def repo_path(*parts) -> Path:
     if not path.resolve().is_relative_to(root): raise InputError(path, "lies outside the repository")
     return path
 
-# %% ../nbs/00_core.ipynb #12a47df4
+# %% ../nbs/00_core.ipynb #7c77bde3
 def seed_for(seed:int, *stream) -> int:
     "A 63-bit seed that depends on `seed` and on every part of `stream`."
     key = json.dumps([seed, *map(str, stream)]).encode()
@@ -51,7 +51,7 @@ def rng_for(seed:int, *stream) -> np.random.Generator:
     "An independent numpy generator for this seed and purpose."
     return np.random.default_rng(seed_for(seed, *stream))
 
-# %% ../nbs/00_core.ipynb #7f0ec46b
+# %% ../nbs/00_core.ipynb #41199449
 @contextmanager
 def atomic_path(path):
     "Yields a temporary path beside `path`; renames it into place if the block ends well, else removes it."
@@ -71,7 +71,7 @@ def write_text(path, text:str):
     "Write text atomically."
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #0169a15e
+# %% ../nbs/00_core.ipynb #e3b2a535
 def write_json(path, obj):
     "Write `obj` as indented JSON, innermost lists on one line, atomically; NaN and infinity are refused."
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
@@ -84,7 +84,7 @@ def read_json(path):
     try: return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err: raise InputError(path, f"not valid JSON ({err})") from None
 
-# %% ../nbs/00_core.ipynb #7cb7ca6a
+# %% ../nbs/00_core.ipynb #e1984a37
 def content_hash(obj) -> str:
     "First 12 hex digits of the SHA-256 of `obj` as canonical JSON."
     return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()[:12]
@@ -102,7 +102,7 @@ def code_version() -> str:
     sources = sorted(package_folder().glob("*.py"))
     return content_hash([(p.name, file_hash(p)) for p in sources])
 
-# %% ../nbs/00_core.ipynb #32226122
+# %% ../nbs/00_core.ipynb #4e5cc124
 LIBRARIES = "torch transformers peft bitsandbytes numpy av".split()
 
 def versions() -> dict:
@@ -121,7 +121,7 @@ def hardware() -> dict:
     "What this ran on, as far as it shapes time and memory."
     return {"machine": platform.machine(), "system": platform.system(), "cpus": len(os.sched_getaffinity(0))}
 
-# %% ../nbs/00_core.ipynb #9c27c6a6
+# %% ../nbs/00_core.ipynb #6a3672ff
 def result_record(
     run:str,       # Name of the run in params.yaml
     tier:str,      # Profile it ran under: smoke, cpu or gpu

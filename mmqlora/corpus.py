@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClipRecord', 'read_records', 'write_records', 'video_path', 'of_split']
 
-# %% ../nbs/02_corpus.ipynb #a6abad04
+# %% ../nbs/02_corpus.ipynb #4fc56c05
 import json
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from .config import Split, Strict, parse
 from .core import InputError, file_hash, write_text
 
-# %% ../nbs/02_corpus.ipynb #04700f46
+# %% ../nbs/02_corpus.ipynb #44d390fe
 class ClipRecord(Strict):
     "A span of a video and what is said about it. Times are in seconds."
     id: str = Field(min_length=1)
@@ -33,7 +33,7 @@ class ClipRecord(Strict):
         if not any(self.captions.values()): raise ValueError("a clip needs at least one caption")
         return self
 
-# %% ../nbs/02_corpus.ipynb #c081cfb5
+# %% ../nbs/02_corpus.ipynb #43184b63
 def read_records(root) -> list[ClipRecord]:
     "All records of the corpus in folder `root`. Raises `InputError` with file and line for the first bad one."
     path = Path(root)/"records.jsonl"
@@ -54,7 +54,7 @@ def write_records(root, records:list[ClipRecord]):
     "Write `records.jsonl`, one clip a line, atomically."
     write_text(Path(root)/"records.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
 
-# %% ../nbs/02_corpus.ipynb #1c5d3172
+# %% ../nbs/02_corpus.ipynb #24100fcc
 def video_path(root, record:ClipRecord, check:bool=True) -> Path:
     "The file of a clip; `check` compares its hash. Raises `InputError` if missing, outside `root` or corrupt."
     root = Path(root).resolve()

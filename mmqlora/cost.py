@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['optimizer_bytes', 'peak_rss_bytes', 'cost_of']
 
-# %% ../nbs/12_cost.ipynb #661f9d36
+# %% ../nbs/12_cost.ipynb #e486da81
 import resource
 
 from .ranks import storage_bytes, trainable
 
-# %% ../nbs/12_cost.ipynb #9b79ea83
+# %% ../nbs/12_cost.ipynb #a52676b8
 def optimizer_bytes(optimizer) -> int:
     "Bytes of an optimizer's state."
     tensors = [v for slot in optimizer.state.values() for v in slot.values() if hasattr(v, "element_size")]

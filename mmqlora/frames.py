@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['along', 'select_frames', 'coverage', 'interval_sum']
 
-# %% ../nbs/05_frames.ipynb #37170eb4
+# %% ../nbs/05_frames.ipynb #4a323e6f
 import numpy as np
 
 from .core import InputError, rng_for
 
-# %% ../nbs/05_frames.ipynb #99dea871
+# %% ../nbs/05_frames.ipynb #547effa0
 def _distinct(index:np.ndarray, n:int) -> np.ndarray:
     "Push equal neighbours apart, staying inside [0, n)."
     k = len(index)
@@ -31,7 +31,7 @@ def along(signal:np.ndarray, # (T,) non-negative
     index = np.searchsorted(cumulative, (np.arange(k) + .5)/k*cumulative[-1])
     return _distinct(np.minimum(index, n - 1), n)
 
-# %% ../nbs/05_frames.ipynb #39b9f9e4
+# %% ../nbs/05_frames.ipynb #3c509725
 def select_frames(
     selector:str,     # uniform, random, motion or entropy
     signals:dict,     # name -> (T,) signal; at least the one that the selector follows
@@ -49,13 +49,13 @@ def select_frames(
     if selector not in signals: raise InputError("selector", f"unknown selector '{selector}'", f"choose from: uniform, random, {', '.join(signals)}")
     return along(signals[selector], k, floor)
 
-# %% ../nbs/05_frames.ipynb #c6b8dec5
+# %% ../nbs/05_frames.ipynb #89759a97
 def coverage(chosen:np.ndarray, events:list[dict]) -> float:
     "Share of events (`start`, `length` in frames) with a chosen frame inside."
     inside = [((chosen >= e["start"]) & (chosen < e["start"] + e["length"])).any() for e in events]
     return float(np.mean(inside))
 
-# %% ../nbs/05_frames.ipynb #347ff896
+# %% ../nbs/05_frames.ipynb #92e3e1b8
 def interval_sum(signal:np.ndarray, # (T,)
                  chosen:np.ndarray, # (K,) increasing frame indices
                 )->np.ndarray:      # (K,)

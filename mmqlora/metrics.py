@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tokenize', 'caption_metrics', 'exact_match', 'slot_scores', 'ranks', 'bootstrap_ci', 'summarize']
 
-# %% ../nbs/11_metrics.ipynb #885ed210
+# %% ../nbs/11_metrics.ipynb #11cc71f3
 import contextlib, io, re
 
 import numpy as np
@@ -15,7 +15,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from .core import InputError
 
-# %% ../nbs/11_metrics.ipynb #cc0517f9
+# %% ../nbs/11_metrics.ipynb #ed22d0cd
 def tokenize(caption:str) -> str:
     "Lower case, words only, separated by blanks: what the COCO tokenizer leaves of a plain sentence."
     return " ".join(re.findall(r"[^\W_]+(?:'\w+)?", caption.lower()))
@@ -34,7 +34,7 @@ def caption_metrics(predictions:list[str], references:list[list[str]]) -> dict:
         rouge, cider = Rouge().compute_score(true, said)[0], Cider().compute_score(true, said)[0]
     return {**{f"bleu{n}": float(b) for n, b in enumerate(bleu, 1)}, "rouge_l": float(rouge), "cider": float(cider)}
 
-# %% ../nbs/11_metrics.ipynb #2cc1a655
+# %% ../nbs/11_metrics.ipynb #53c5ddba
 def exact_match(predictions:list[str], references:list[str]) -> np.ndarray:
     "(N,) 1 where prediction and reference are equal word for word."
     _check(predictions, references)
@@ -56,7 +56,7 @@ def slot_scores(predicted:list[dict], gold:list[dict], transient:set) -> dict:
     order = [_order(p, g) for p, g in zip(predicted, gold)]
     return dict(slots=share("cse"), color=share("c"), shape=share("s"), event=share("e"), transient=np.array(brief), order=np.array(order))
 
-# %% ../nbs/11_metrics.ipynb #dbeabba6
+# %% ../nbs/11_metrics.ipynb #13d6d427
 def ranks(scores:np.ndarray, axis:int) -> np.ndarray:
     "(N, G, G) scores, row clip and column caption, truth on the diagonal -> (N, G) rank of the truth along `axis` (2: captions, 1: clips)."
     scores = np.asarray(scores, float)
@@ -65,7 +65,7 @@ def ranks(scores:np.ndarray, axis:int) -> np.ndarray:
     truth = np.diagonal(scores, axis1=1, axis2=2)
     return (scores >= np.expand_dims(truth, axis)).sum(axis)
 
-# %% ../nbs/11_metrics.ipynb #4e267b76
+# %% ../nbs/11_metrics.ipynb #7de48451
 def bootstrap_ci(values:np.ndarray, groups=None, n:int=2000, seed:int=0, level:float=.95) -> tuple[float, float]:
     "Interval of the mean of (seeds, clips) `values` (nan: left out), resampling seeds and `groups` of clips."
     values = np.atleast_2d(np.asarray(values, float))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'X264', 'to_yuv420', 'write_mp4', 'scenes_of', 'build_mmevents']
 
-# %% ../nbs/02c_mmevents.ipynb #3312bf13
+# %% ../nbs/02c_mmevents.ipynb #b2aec9f8
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .corpus import ClipRecord, write_records
 from .render import SAMPLE_RATE, render, sound
 from .scenes import FPS, FRAMES, GALLERY, Scene, gallery, slots_of, target_scene
 
-# %% ../nbs/02c_mmevents.ipynb #4f77b4ae
+# %% ../nbs/02c_mmevents.ipynb #1b1e5cf6
 def to_yuv420(rgb:np.ndarray) -> np.ndarray:
     "(H, W, 3) uint8 RGB -> (H * 3 / 2, W) uint8, the planes Y, U, V stacked as PyAV wants them."
     r, g, b = rgb.astype(np.int32).transpose(2, 0, 1)
@@ -30,7 +30,7 @@ def to_yuv420(rgb:np.ndarray) -> np.ndarray:
     def half(plane): return ((plane[::2, ::2] + plane[1::2, ::2] + plane[::2, 1::2] + plane[1::2, 1::2] + 2) >> 2).reshape(-1, w)
     return np.concatenate([y, half(u), half(v)]).astype(np.uint8)
 
-# %% ../nbs/02c_mmevents.ipynb #52b4397d
+# %% ../nbs/02c_mmevents.ipynb #9cbba692
 SIDE = 64                                                    # Pixels a side of the mp4 files
 X264 = {"preset": "veryfast", "qp": "22", "threads": "1", "x264-params": "aq-mode=0:mbtree=0:keyint=16"}
 
@@ -50,7 +50,7 @@ def write_mp4(path, pixels:np.ndarray, samples:np.ndarray):
         out.mux(audio.encode(chunk))
         for stream in (video, audio): out.mux(stream.encode(None))
 
-# %% ../nbs/02c_mmevents.ipynb #b534b65f
+# %% ../nbs/02c_mmevents.ipynb #516952a3
 def scenes_of(split:str, n:int, seed:int=0) -> list[tuple[Scene, str | None]]:
     "`n` scripts of a split, each with the name of its gallery (None for training clips)."
     if split == "train": return [(target_scene(rng_for(seed, split, i)), None) for i in range(n)]

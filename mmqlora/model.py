@@ -6,7 +6,7 @@
 __all__ = ['MODALITIES', 'small_config', 'new_model', 'modality_of', 'linears', 'quantization_config', 'load_model', 'save_model',
            'bits_of']
 
-# %% ../nbs/07_model.ipynb #ede4738a
+# %% ../nbs/07_model.ipynb #5a2112e8
 import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -21,7 +21,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 
 from .core import InputError
 
-# %% ../nbs/07_model.ipynb #17be8f48
+# %% ../nbs/07_model.ipynb #e5825621
 def small_config(tokenizer, vision:dict, text:dict, size:int=32, patch:int=8, scale:int=2) -> SmolVLMConfig:
     "Configuration of a SmolVLM; `vision` and `text` give hidden, layers and mlp. Heads are 32 wide."
     rows = 64*-(-len(tokenizer)//64)                                   # a vocabulary padded to full blocks
@@ -41,7 +41,7 @@ def new_model(config:SmolVLMConfig, seed:int=0) -> SmolVLMForConditionalGenerati
     config._attn_implementation = "sdpa"
     return SmolVLMForConditionalGeneration(config)
 
-# %% ../nbs/07_model.ipynb #64cdf4a3
+# %% ../nbs/07_model.ipynb #2b95f548
 MODALITIES = {  # model_type -> prefixes of module names, tried in this order
     "smolvlm": {"vision": "model.vision_model.", "fusion": "model.connector.", "text": "model.text_model."},
 }
@@ -64,7 +64,7 @@ def linears(model:nn.Module) -> dict[str, dict[str, nn.Linear]]:
     if empty or not found: raise InputError(f"model family '{model.config.model_type}'", f"no linears found for {empty or 'any modality'}", "correct its map in MODALITIES")
     return found
 
-# %% ../nbs/07_model.ipynb #965f0142
+# %% ../nbs/07_model.ipynb #adcae75c
 def quantization_config(quantization:str, dtype=torch.float32) -> BitsAndBytesConfig | None:
     "bitsandbytes settings for 'none', 'nf4', 'fp4' or 'int8' (double quantization for the 4-bit ones)."
     if quantization == "none": return None
@@ -89,7 +89,7 @@ def load_model(
         device_map={"": device}, attn_implementation="sdpa")
     return model, AutoTokenizer.from_pretrained(path)
 
-# %% ../nbs/07_model.ipynb #9149ea40
+# %% ../nbs/07_model.ipynb #631390f7
 def save_model(path, model, tokenizer, log:dict):
     "Write model (half precision, safetensors), tokenizer and the log of its making into folder `path`."
     path = Path(path)

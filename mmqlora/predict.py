@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['write_captions', 'score_captions', 'score_galleries']
 
-# %% ../nbs/10_predict.ipynb #325b22e3
+# %% ../nbs/10_predict.ipynb #44c204f7
 import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .adapters import tokens_per_frame
 from .batch import ClipSet, caption_ids, collate
 from .core import InputError
-from .temporal import set_frame_signals
+from .temporal import set_frame_signals, standardized
 from .train import caption_loss
 
-# %% ../nbs/10_predict.ipynb #addc6dc7
+# %% ../nbs/10_predict.ipynb #01d6df7a
 def _batches(model, tokenizer, clips:ClipSet, captions, signals, batch_size:int, label:str):
     "Yields model inputs for consecutive rows, on the model's device, after setting their frame signals."
     device, tokens = next(model.parameters()).device, tokens_per_frame(model.config)
-    signals = torch.zeros_like(clips.signal) if signals is None else signals
-    for first in tqdm(range(0, len(clips), batch_size), desc=label, mininterval=5, leave=False):
+    signals = standardized(model, clips.signal) if signals is None else signals
+    for first in tqdm(range(0, len(clips), batch_size), desc=label, mininterval=5, leave=False, disable=not label):
         rows = slice(first, first + batch_size)
         set_frame_signals(model, signals[rows])
         batch = collate(tokenizer, clips[rows], captions[rows], tokens)
@@ -30,7 +32,7 @@ def _batches(model, tokenizer, clips:ClipSet, captions, signals, batch_size:int,
 def write_captions(
     model, tokenizer,         # From `load_model` or `build`
     clips:ClipSet,            # N clips
-    signals=None,             # (N, K, C) gate signals of a gated model
+    signals=None,             # (N, K, C) what the gates see (default: the clips' own signals)
     batch_size:int=100,       # Clips at a time
     max_new_tokens:int=20,    # Longest caption
 )->list[str]:                 # N captions, greedy
@@ -44,7 +46,7 @@ def write_captions(
         written += tokenizer.batch_decode(ids[:, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
     return [" ".join(w.split()) for w in written]
 
-# %% ../nbs/10_predict.ipynb #f77c61d6
+# %% ../nbs/10_predict.ipynb #e2311d14
 @torch.no_grad()
 def score_captions(model, tokenizer, clips:ClipSet, captions:list[str], signals=None, batch_size:int=100) -> torch.Tensor:
     "(N,) mean log-likelihood per token of caption i given clip i."
@@ -55,15 +57,29 @@ def score_captions(model, tokenizer, clips:ClipSet, captions:list[str], signals=
               for batch in _batches(model, tokenizer, clips, ids, signals, batch_size, "scores")]
     return -torch.cat(losses)/torch.tensor([len(i) for i in ids])
 
-# %% ../nbs/10_predict.ipynb #0a183537
-def score_galleries(model, tokenizer, clips:ClipSet, captions:list[str], galleries:list[str], signals=None, batch_size:int=100) -> torch.Tensor:
+# %% ../nbs/10_predict.ipynb #d8bbb49b
+def _score_all(model, tokenizer, clips:ClipSet, captions:list[list[int]], signals) -> torch.Tensor:
+    "(B, G) log-likelihood per token of G captions (token ids) given each of B clips; the prompt of a clip is read once."
+    [batch] = _batches(model, tokenizer, clips, [[tokenizer.eos_token_id]]*len(clips), signals, len(clips), "")
+    prompt = model(input_ids=batch["input_ids"][:, :-1], pixel_values=batch["pixel_values"], use_cache=True, logits_to_keep=1)
+    cache, g = prompt.past_key_values, len(captions)
+    cache.batch_repeat_interleave(g)
+    ids = pad_sequence([torch.tensor(c) for c in captions], batch_first=True, padding_value=-100).to(prompt.logits.device)
+    known = ids.clamp(min=0)[:, :-1].repeat(len(clips), 1)                               # padding comes last: nothing attends to it
+    rest = model(input_ids=known, past_key_values=cache).logits
+    logits = torch.cat([prompt.logits.repeat_interleave(g, 0), rest], 1).float()
+    loss = F.cross_entropy(logits.transpose(1, 2), ids.repeat(len(clips), 1), ignore_index=-100, reduction="none").sum(1)
+    return -loss.view(len(clips), g)/(ids >= 0).sum(1)
+
+@torch.no_grad()
+def score_galleries(model, tokenizer, clips:ClipSet, captions:list[str], galleries:list[str], signals=None) -> torch.Tensor:
     "(galleries, G, G) log-likelihood per token: [g, i, j] is caption j given clip i of gallery g. Galleries must be equally large."
     groups = {}
     for row, name in enumerate(galleries): groups.setdefault(name, []).append(row)
     sizes = {len(rows) for rows in groups.values()}
     if len(sizes) != 1: raise InputError("galleries", f"of different sizes: {sorted(sizes)}", "give every gallery as many clips")
-    pairs = torch.tensor([(i, j) for rows in groups.values() for i in rows for j in rows])
-    signals = torch.zeros_like(clips.signal) if signals is None else signals
-    scores = score_captions(model, tokenizer, clips[pairs[:, 0]], [captions[j] for j in pairs[:, 1]], signals[pairs[:, 0]], batch_size)
-    side = sizes.pop()
-    return scores.view(len(groups), side, side)
+    model.eval()
+    ids = [caption_ids(tokenizer, c) for c in captions]
+    signals = standardized(model, clips.signal) if signals is None else signals
+    return torch.stack([_score_all(model, tokenizer, clips[rows], [ids[i] for i in rows], signals[rows]).cpu()
+                        for rows in tqdm(groups.values(), desc="galleries", mininterval=5, leave=False)])

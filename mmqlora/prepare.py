@@ -6,7 +6,7 @@
 __all__ = ['measure', 'choose', 'prepare', 'load_videos', 'split_statistics', 'mean_coverage', 'selection_example',
            'contact_sheet']
 
-# %% ../nbs/06a_prepare.ipynb #65b30879
+# %% ../nbs/06a_prepare.ipynb #31866aa6
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,7 +24,7 @@ from .frames import coverage, interval_sum, select_frames
 from .signals import audio_energy, block_change, change_entropy, motion_energy
 from .video import read_audio, read_clip
 
-# %% ../nbs/06a_prepare.ipynb #680fc193
+# %% ../nbs/06a_prepare.ipynb #d6fe54d0
 def measure(path, size:int=32, start:float=0., end:float|None=None) -> tuple:
     "Decode a span and measure it: (`Clip`, {signal name: (T,)})."
     clip = read_clip(path, size, start, end)
@@ -45,7 +45,7 @@ def _prepare_clip(root, config:FramesConfig, record:ClipRecord) -> dict:
     clip, signals = measure(video_path(root, record), config.size, record.start, record.end)
     return {s: choose(clip, signals, s, config, record.id) for s in config.selectors}
 
-# %% ../nbs/06a_prepare.ipynb #15bbaef0
+# %% ../nbs/06a_prepare.ipynb #bd544a2e
 def _stack(chosen:list[tuple]) -> ClipSet:
     return ClipSet(*(torch.from_numpy(np.stack(part)) for part in list(zip(*chosen))[:3]))
 
@@ -64,7 +64,7 @@ def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> Cli
     config = FramesConfig(budget=frames, size=size, selectors=[selector])
     return _stack([choose(*measure(p, size), selector, config, p.name) for p in paths])
 
-# %% ../nbs/06a_prepare.ipynb #162011e0
+# %% ../nbs/06a_prepare.ipynb #d3de5997
 def split_statistics(records:list[ClipRecord]) -> dict:
     "Counts and shares of one split."
     words = Counter(w for r in records for w in r.captions["en"][0].split())
@@ -84,7 +84,7 @@ def mean_coverage(records:list[ClipRecord], root, config:FramesConfig, budgets=(
                 table[s][str(k)].append(coverage(index, record.truth["events"]))
     return {s: {k: float(np.mean(v)) for k, v in row.items()} for s, row in table.items()}
 
-# %% ../nbs/06a_prepare.ipynb #2455b3f7
+# %% ../nbs/06a_prepare.ipynb #96a31970
 def selection_example(record:ClipRecord, root, config:FramesConfig) -> dict:
     "Signals, events and chosen frames of one clip, for a figure."
     path = video_path(root, record)

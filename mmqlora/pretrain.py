@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'FAST', 'MODES', 'render_base', 'static_logits', 'draw_mode', 'draw_frames', 'learning_rate', 'Stepper',
            'run_step', 'pretrain']
 
-# %% ../nbs/09a_pretrain.ipynb #574b3d72
+# %% ../nbs/09a_pretrain.ipynb #4f75a69e
 import tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ from .core import rng_for
 from .render import render
 from .scenes import BASE_MIX, FRAMES, base_scene
 
-# %% ../nbs/09a_pretrain.ipynb #0470652a
+# %% ../nbs/09a_pretrain.ipynb #d7429248
 CHUNK = 500
 FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
@@ -43,7 +43,7 @@ def render_base(path, n:int, size:int=32, seed:int=0, transient:float=0., worker
     captions, kinds = (sum((p[i] for p in parts), []) for i in (0, 1))
     return np.load(path, mmap_mode="c"), captions, np.array(kinds)
 
-# %% ../nbs/09a_pretrain.ipynb #941539d4
+# %% ../nbs/09a_pretrain.ipynb #2ff98690
 def static_logits(model, pixels, times, caption, bos:int, cap:int):
     "Logits (B, L, vocabulary) for caption tokens (B, L), given frames (B, K, 3, S, S) uint8 and time tokens (B, K)."
     vision, text = model.model.vision_model, model.model.text_model
@@ -58,7 +58,7 @@ def static_logits(model, pixels, times, caption, bos:int, cap:int):
     hidden = text(inputs_embeds=sequence, use_cache=False).last_hidden_state
     return model.lm_head(hidden[:, -caption.shape[1] - 1:-1])
 
-# %% ../nbs/09a_pretrain.ipynb #805d2bc1
+# %% ../nbs/09a_pretrain.ipynb #f8240c61
 MODES = {"image": (1, ("still",)), "pair": (2, ("single", "pair")), "video": (8, tuple(BASE_MIX))}
 
 def draw_mode(rng, progress:float) -> str:
@@ -79,7 +79,7 @@ def learning_rate(progress:float, peak:float, warm:float=.01) -> float:
     "Linear warm-up, a plateau, a linear descent to 3 % of the peak."
     return peak*min(1., progress/warm + 1e-3)*(.03 + .97*min(1., 1.4*(1 - progress)))
 
-# %% ../nbs/09a_pretrain.ipynb #802a2b41
+# %% ../nbs/09a_pretrain.ipynb #da5ce017
 class Stepper:
     "One optimizer step per call, on clips that stay on the device."
     def __init__(self, model, tokenizer, pixels, captions, batch_size:int):
@@ -109,7 +109,7 @@ class Stepper:
         self.optimizer.step()
         return loss.detach()
 
-# %% ../nbs/09a_pretrain.ipynb #198da8d0
+# %% ../nbs/09a_pretrain.ipynb #e6fdb11e
 def _record(stepper:Stepper, rows, frames):
     "Warm up and record the update for these shapes as a CUDA graph: (graph, its inputs, its loss)."
     inputs = rows.clone(), frames.clone()
@@ -136,7 +136,7 @@ def run_step(stepper:Stepper, mode:str, pool, rate:float) -> torch.Tensor:
     graph.replay()
     return loss
 
-# %% ../nbs/09a_pretrain.ipynb #f186d634
+# %% ../nbs/09a_pretrain.ipynb #c95d6852
 def pretrain(model, tokenizer, pixels, captions, kinds, config:PretrainConfig, report:int=500) -> dict:
     "Train `model` in place on base clips; returns the log: step, seconds and mean video loss per `report` steps."
     device = next(model.parameters()).device

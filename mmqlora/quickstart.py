@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load']
 
-# %% ../nbs/14b_quickstart.ipynb #30419586
+# %% ../nbs/14b_quickstart.ipynb #326977bb
 import json
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .core import InputError
 from .model import load_model
 from .temporal import TemporalLoraConfig, wire_gates
 
-# %% ../nbs/14b_quickstart.ipynb #3975e84f
+# %% ../nbs/14b_quickstart.ipynb #ded142f7
 def _adapter_config(folder):
     path = Path(folder)/"adapter_config.json"
     if not path.is_file(): raise InputError(folder, "holds no adapter_config.json", "give the folder that save_pretrained wrote")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_settings', 'storage_bytes', 'trainable', 'audit']
 
-# %% ../nbs/08a_ranks.ipynb #bbeab87b
+# %% ../nbs/08a_ranks.ipynb #5eddff5f
 import re
 
 import pandas as pd
@@ -14,7 +14,7 @@ from torch import nn
 from .core import InputError
 from .model import MODALITIES, bits_of, linears, modality_of
 
-# %% ../nbs/08a_ranks.ipynb #08e89fac
+# %% ../nbs/08a_ranks.ipynb #343c5170
 def rank_settings(
     model:nn.Module,         # A model of a declared family
     ranks:dict,              # Modality -> rank; 0 or absent: no adapter
@@ -30,7 +30,7 @@ def rank_settings(
     return dict(r=r, lora_alpha=alpha_over_rank*r, target_modules=[n for m in wanted for n in found[m]], rank_pattern=pattern,
                 alpha_pattern={p: alpha_over_rank*rank for p, rank in pattern.items()})
 
-# %% ../nbs/08a_ranks.ipynb #eaab6ea1
+# %% ../nbs/08a_ranks.ipynb #6c7ba198
 def storage_bytes(module:nn.Module) -> int:
     "Bytes of the parameters and buffers below `module`, quantization state included."
     tensors = [*module.parameters(), *module.buffers()]
@@ -52,7 +52,7 @@ def _row(modality, modules):
                 base_bytes=sum(storage_bytes(getattr(m, "base_layer", m)) for m in modules.values()),
                 adapter_bytes=sum(4*trainable(m) for m in adapted))
 
-# %% ../nbs/08a_ranks.ipynb #4c18c291
+# %% ../nbs/08a_ranks.ipynb #be664307
 def _adaptable(model) -> dict:
     "Modality -> {name: linear or the adapted layer that wraps one}."
     found = {m: {} for m in MODALITIES[model.config.model_type]}

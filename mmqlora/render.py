@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NOISE', 'SAMPLE_RATE', 'SINE', 'PITCH', 'distance', 'wall', 'render', 'sound']
 
-# %% ../nbs/02b_render.ipynb #fef2f2d4
+# %% ../nbs/02b_render.ipynb #f1ead69c
 import math
 
 import numpy as np
 
 from .scenes import COLORS, EVENTS, FPS, FRAMES, STEP, Scene
 
-# %% ../nbs/02b_render.ipynb #67f178ee
+# %% ../nbs/02b_render.ipynb #967d2f8a
 def distance(shape:str, x, y, r):
     "Signed distance (fractions of the side) of points (x, y) from the edge of a shape of radius r."
     if shape == "disc": return np.sqrt(x*x + y*y) - r
@@ -21,7 +21,7 @@ def distance(shape:str, x, y, r):
     upright, level = np.maximum(abs(x) - r*.32, abs(y) - r*1.08), np.maximum(abs(x) - r*1.08, abs(y) - r*.32)
     return np.minimum(upright, level)                                   # cross
 
-# %% ../nbs/02b_render.ipynb #d481b52e
+# %% ../nbs/02b_render.ipynb #833157d2
 NOISE = np.random.default_rng(12345).integers(-64, 65, (4, 1 << 18)).sum(0).astype(np.float32) / np.float32(74.5)
 
 def wall(rng, side:int, bright:float=0., stripes:bool=False):
@@ -36,7 +36,7 @@ def wall(rng, side:int, bright:float=0., stripes:bool=False):
     if stripes: image = image + np.float32(.08)*((np.arange(side)*8//side) % 2)[:, None, None].astype(np.float32)
     return image
 
-# %% ../nbs/02b_render.ipynb #5ab16745
+# %% ../nbs/02b_render.ipynb #5b439543
 def _motion(thing, events):
     "Place, radius, visibility and brightness of a thing at each frame: five arrays (FRAMES,)."
     t = np.arange(FRAMES, dtype=np.float32)
@@ -55,7 +55,7 @@ def _motion(thing, events):
         elif e.kind == "flash": light[during] = .15
     return tuple(v[:, None, None] for v in (x, y, r, seen, light))
 
-# %% ../nbs/02b_render.ipynb #221a0724
+# %% ../nbs/02b_render.ipynb #50a5f7c6
 def render(
     scene:Scene,   # The script
     side:int=64,   # Pixels a side
@@ -78,7 +78,7 @@ def render(
     video = np.clip(video, 0, 255).astype(np.uint8)
     return video if frames is None else video[frames]
 
-# %% ../nbs/02b_render.ipynb #abda314d
+# %% ../nbs/02b_render.ipynb #d55438c7
 SAMPLE_RATE = 8000
 SINE = np.array([round(8000*math.sin(2*math.pi*i/4096)) for i in range(4096)], np.int16)
 PITCH = {kind: 330 + 110*i for i, kind in enumerate(EVENTS)}              # Hz

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['paired_permutation', 'holm', 'pareto_front', 'power_law']
 
-# %% ../nbs/13_scaling.ipynb #e89aa9b8
+# %% ../nbs/13_scaling.ipynb #192c6303
 import numpy as np
 from scipy.optimize import least_squares
 
 from .core import InputError
 
-# %% ../nbs/13_scaling.ipynb #250d0c12
+# %% ../nbs/13_scaling.ipynb #7c293687
 def paired_permutation(a, b, groups=None, n:int=5000, seed:int=0) -> float:
     "Two-sided p of the mean difference of (seeds, clips) scores a and b (nan: clip left out); signs flip per group."
     a, b = (np.nanmean(np.atleast_2d(np.asarray(x, float)), 0) for x in (a, b))
@@ -32,7 +32,7 @@ def holm(pvalues:dict) -> dict:
         adjusted[key] = worst
     return {key: adjusted[key] for key in pvalues}
 
-# %% ../nbs/13_scaling.ipynb #90fee051
+# %% ../nbs/13_scaling.ipynb #d52806d1
 def pareto_front(cost, quality) -> list[int]:
     "Indices, by rising cost, of the points that no other beats in both (cost lower or equal, quality higher)."
     order = sorted(range(len(cost)), key=lambda i: (cost[i], -quality[i]))
@@ -41,7 +41,7 @@ def pareto_front(cost, quality) -> list[int]:
         if quality[i] > best: front.append(i); best = quality[i]
     return front
 
-# %% ../nbs/13_scaling.ipynb #b53fa3f1
+# %% ../nbs/13_scaling.ipynb #09e60251
 def power_law(x, y) -> dict:
     "Fit y = E + A x^-b: {'A', 'b', 'E', 'residual'} (root mean square). Needs at least 4 points."
     x, y = np.asarray(x, float), np.asarray(y, float)

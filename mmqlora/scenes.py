@@ -8,14 +8,14 @@ __all__ = ['FRAMES', 'FPS', 'COLORS', 'SHAPES', 'PERSISTENT', 'TRANSIENT', 'EVEN
            'slots_of', 'place', 'two_names', 'schedule', 'sequence', 'two_kinds', 'target_caption', 'target_scene',
            'quartet', 'gallery', 'base_sequence', 'base_single', 'base_still', 'base_scene']
 
-# %% ../nbs/02a_scenes.ipynb #7ee52058
+# %% ../nbs/02a_scenes.ipynb #c3b06958
 from dataclasses import dataclass
 
 import numpy as np
 
 from .core import InputError
 
-# %% ../nbs/02a_scenes.ipynb #b554fee6
+# %% ../nbs/02a_scenes.ipynb #f235adff
 FRAMES, FPS = 32, 16                                         # A clip: 32 frames, two seconds
 COLORS = {"red": (.90, .12, .10), "green": (.10, .75, .15), "blue": (.12, .25, .95), "yellow": (.95, .88, .10),
           "white": (.97, .97, .97), "purple": (.70, .10, .80)}
@@ -35,7 +35,7 @@ def vocabulary() -> list[str]:
     phrases = (*BASE_PHRASES.values(), *TARGET_PHRASES.values(), *COLORS, *SHAPES, GLUE)
     return sorted({word for phrase in phrases for word in phrase.split()})
 
-# %% ../nbs/02a_scenes.ipynb #ba5adbd8
+# %% ../nbs/02a_scenes.ipynb #3325589e
 @dataclass(frozen=True)
 class Thing:
     "A coloured shape at its starting place; positions and radius are fractions of the frame's side."
@@ -57,7 +57,7 @@ class Scene:
     noise: float = .02                                       # Standard deviation of the noise, of full scale
     stripes: bool = False                                    # Out of domain: striped walls
 
-# %% ../nbs/02a_scenes.ipynb #6a0aebf3
+# %% ../nbs/02a_scenes.ipynb #0c277585
 KIND_OF = {phrase: kind for table in (BASE_PHRASES, TARGET_PHRASES) for kind, phrase in table.items()}
 
 def slots_of(caption:str) -> dict:
@@ -72,7 +72,7 @@ def slots_of(caption:str) -> dict:
     found = (found + [(None, None, None)]*2)[:2]
     return {f"{slot}{n}": found[n - 1][i] for n in (1, 2) for i, slot in enumerate("cse")}
 
-# %% ../nbs/02a_scenes.ipynb #c7df6d0a
+# %% ../nbs/02a_scenes.ipynb #fa794cfa
 STEP = .32                                                   # How far a moving thing goes
 START = {"left": ((.52, .82), (.2, .8)), "right": ((.18, .48), (.2, .8)), "up": ((.2, .8), (.52, .82)),
          "down": ((.2, .8), (.18, .48)), "jump": ((.2, .8), (.42, .8))}
@@ -93,7 +93,7 @@ def place(rng, color:str, shape:str, kind:str|None, others=()) -> tuple[Thing, t
     r = {"grow": .145, "shrink": .25}.get(kind) or float(rng.uniform(.17, .22))
     return Thing(color, shape, x, y, r), ends
 
-# %% ../nbs/02a_scenes.ipynb #08d56047
+# %% ../nbs/02a_scenes.ipynb #e50a169b
 def two_names(rng) -> list[tuple[str, str]]:
     "Two (color, shape) pairs that differ in both."
     colors, shapes = rng.permutation(list(COLORS))[:2], rng.permutation(SHAPES)[:2]
@@ -106,7 +106,7 @@ def schedule(rng, lengths, gap:int) -> list[int]:
     between = int(rng.integers(0, free - before))
     return [2 + before, 2 + before + lengths[0] + gap + between]
 
-# %% ../nbs/02a_scenes.ipynb #40edaab2
+# %% ../nbs/02a_scenes.ipynb #e9197651
 def sequence(rng, names, kinds, persistent=(3, 6), transient=(2, 4), gap=3) -> tuple[tuple, tuple]:
     "Two things and their two events, one after the other. The drawing order does not tell the order in time."
     things, taken = [], ()
@@ -120,7 +120,7 @@ def sequence(rng, names, kinds, persistent=(3, 6), transient=(2, 4), gap=3) -> t
     events = tuple(Event(order.index(i), k, s, n) for i, (k, s, n) in enumerate(zip(kinds, starts, lengths)))
     return tuple(things[i] for i in order), events
 
-# %% ../nbs/02a_scenes.ipynb #2970ba63
+# %% ../nbs/02a_scenes.ipynb #ca55e8ed
 def two_kinds(rng) -> list[str]:
     "Two different kinds of event; each is transient with probability one half."
     pools = [TRANSIENT if rng.random() < .5 else PERSISTENT for _ in range(2)]
@@ -142,7 +142,7 @@ def target_scene(rng, names=None, kinds=None, ood:bool=False) -> Scene:
     return Scene(things, events, target_caption(names, kinds), int(rng.integers(2**31)), cuts, bright=.12,
                  noise=.06 if ood else .02, stripes=ood)
 
-# %% ../nbs/02a_scenes.ipynb #ebf8fc72
+# %% ../nbs/02a_scenes.ipynb #58f1b8e5
 GALLERY = 8
 
 def quartet(rng, ood:bool=False) -> list[Scene]:
@@ -156,7 +156,7 @@ def gallery(rng, ood:bool=False) -> list[Scene]:
     "Eight scenes: two quartets of hard negatives."
     return quartet(rng, ood) + quartet(rng, ood)
 
-# %% ../nbs/02a_scenes.ipynb #2694e59e
+# %% ../nbs/02a_scenes.ipynb #fa8a0b69
 def _dialect(rng): return (BASE_PHRASES, "a") if rng.random() < .5 else (TARGET_PHRASES, "the")
 
 def base_sequence(rng) -> Scene:
@@ -183,7 +183,7 @@ def base_single(rng, bystander:bool, transient:float=0.) -> Scene:
         tail = f" while {article} {things[1].name} {idle}"
     return Scene(things, (event,), f"{article} {thing.name} {phrases[kind]}{tail} .", int(rng.integers(2**31)))
 
-# %% ../nbs/02a_scenes.ipynb #de585635
+# %% ../nbs/02a_scenes.ipynb #8b4406ab
 def base_still(rng) -> Scene:
     "Two things, left one first, and no event."
     (c, s), other = two_names(rng)

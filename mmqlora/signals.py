@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['block_change', 'motion_energy', 'change_entropy', 'audio_energy']
 
-# %% ../nbs/04_signals.ipynb #e26eb942
+# %% ../nbs/04_signals.ipynb #1fc155f1
 import numpy as np
 
 from .core import InputError
 
-# %% ../nbs/04_signals.ipynb #dbb249ec
+# %% ../nbs/04_signals.ipynb #df3f3545
 def block_change(frames:np.ndarray, # (T, H, W, 3) uint8
                  grid:int=8,        # Blocks a side
                 )->np.ndarray:      # (T, grid * grid) float32, grey levels; 0 for the first frame
@@ -24,7 +24,7 @@ def block_change(frames:np.ndarray, # (T, H, W, 3) uint8
     change = change[:, :h - h % grid, :w - w % grid]
     return change.reshape(t, grid, h//grid, grid, w//grid).mean((2, 4)).reshape(t, grid*grid)
 
-# %% ../nbs/04_signals.ipynb #d93dc5db
+# %% ../nbs/04_signals.ipynb #0c55d60f
 def motion_energy(change:np.ndarray) -> np.ndarray:
     "(T, blocks) block change -> (T,) mean change above the clip's median, grey levels."
     energy = change.mean(1)
@@ -37,7 +37,7 @@ def change_entropy(change:np.ndarray, step:float=4., bins:int=16) -> np.ndarray:
     entropy = -(share*np.log2(np.where(share > 0, share, 1))).sum(1)
     return np.maximum(entropy - np.median(entropy), 0).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #aca9b1e4
+# %% ../nbs/04_signals.ipynb #c285d6fd
 def audio_energy(samples:np.ndarray, n:int) -> np.ndarray:
     "(samples,) audio -> (n,) root mean square over n equal spans; zeros when there is no audio."
     if not len(samples): return np.zeros(n, np.float32)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Clip', 'read_clip', 'read_audio']
 
-# %% ../nbs/03_video.ipynb #1d73ebad
+# %% ../nbs/03_video.ipynb #5ff378d2
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from .core import InputError
 
-# %% ../nbs/03_video.ipynb #311de891
+# %% ../nbs/03_video.ipynb #c3cfd372
 class Clip(NamedTuple):
     "Decoded frames (T, size, size, 3) uint8 RGB and their times (T,) in seconds."
     frames: np.ndarray
@@ -26,7 +26,7 @@ def _open(path):
     try: return av.open(str(path))
     except av.error.FFmpegError as err: raise InputError(path, f"not a readable video ({err.strerror})") from None
 
-# %% ../nbs/03_video.ipynb #e7f2d7cd
+# %% ../nbs/03_video.ipynb #d1a863ff
 def _decode(container, stream, size, start, end):
     "Yields (time, frame) of a span; a frame's time is that of its timestamp."
     if start > 0: container.seek(int(start/stream.time_base), stream=stream)
@@ -52,7 +52,7 @@ def read_clip(
     times, frames = zip(*decoded)
     return Clip(np.stack(frames), np.array(times))
 
-# %% ../nbs/03_video.ipynb #48d9dd9d
+# %% ../nbs/03_video.ipynb #4f19e55d
 def read_audio(path, rate:int=8000) -> np.ndarray:
     "Mono samples (n,), float32 in [-1, 1], at `rate` Hz; empty when the file has no audio."
     with _open(path) as container:
