@@ -29,7 +29,7 @@ class Strict(BaseModel):
     "A read-only model in which unknown keys are errors."
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-# %% ../nbs/01_config.ipynb #d09f7400
+# %% ../nbs/01_config.ipynb #26b2fded
 class RunConfig(Strict):
     "Everything that defines one fine-tuning run."
     method: Method = "qlora"
@@ -39,7 +39,7 @@ class RunConfig(Strict):
     alpha_over_rank: float = Field(2.0, gt=0)       # LoRA scaling alpha / r, the same for every modality
     gate: Gate = "none"
     gate_signal: GateSignal = "motion"
-    gate_lr: float = Field(3.0, gt=0)               # Learning rate of the gates, as a multiple of lr
+    gate_lr: float = Field(1.0, gt=0)               # Learning rate of the gates, as a multiple of lr
     lr: float = Field(8e-3, gt=0)
     steps: int = Field(300, ge=0)
     batch_size: int = Field(16, ge=1)
