@@ -55,12 +55,12 @@ class RunConfig(Strict):
         if self.gate != "none" and not adapted: raise ValueError(f"a gate needs lora or qlora, not {self.method}")
         return self
 
-# %% ../nbs/01_config.ipynb #eec561eb
+# %% ../nbs/01_config.ipynb #e6792d0f
 class Profile(Strict):
     "How much of everything: the size of one tier."
     clips: dict[Split, int]                         # Clips used of each split
     steps: int | None = None                        # Caps the steps of every run
-    seeds: list[int] | None = None                  # Seeds of the runs that name none
+    max_seeds: int | None = None                    # Caps the seeds of every run
 
 class CorpusConfig(Strict):
     "The corpus on disk: records and videos under `root`."
@@ -137,7 +137,7 @@ def load_params(path=None) -> Params:
     for name in params.runs: run_config(params, name)
     return params
 
-# %% ../nbs/01_config.ipynb #00ec6589
+# %% ../nbs/01_config.ipynb #a38c9606
 def active_profile(params:Params) -> Profile:
     "The profile in force."
     if params.profile in params.profiles: return params.profiles[params.profile]
@@ -148,9 +148,8 @@ def run_config(params:Params, name:str) -> RunConfig:
     if name not in params.runs: raise InputError("params.yaml: runs", f"unknown run '{name}'", _nearest(name, params.runs))
     profile = active_profile(params)
     given = {**params.defaults, **(params.runs[name] or {})}
-    if profile.seeds: given["seeds"] = given.get("seeds", profile.seeds)[:len(profile.seeds)]
     run = parse(RunConfig, given, f"params.yaml: runs.{name}")
     steps = 0 if run.method == "frozen" else min(run.steps, profile.steps or run.steps)
     if run.selector not in params.frames.selectors:
         raise InputError(f"params.yaml: runs.{name}.selector", f"'{run.selector}' is not in frames.selectors")
-    return run.model_copy(update={"steps": steps})
+    return run.model_copy(update={"steps": steps, "seeds": run.seeds[:profile.max_seeds]})

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'COSTS', 'PLANNED', 'TABLES', 'FIGURES', 'ASKS', 'MADE',
-           'check_record', 'load_results', 'Evidence', 'load_evidence', 'decimals', 'number', 'p_text', 'sign',
-           'compare', 'comparisons', 'metric_macros', 'cost_macros', 'diff_macros', 'about_macros', 'merged', 'macros',
-           'run_name', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table',
-           'ranks_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'audit_table',
-           'corpus_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'markdown_table',
-           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'check_record', 'load_results', 'Evidence', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
+           'p_text', 'sign', 'compare', 'comparisons', 'metric_macros', 'cost_macros', 'diff_macros', 'about_macros',
+           'merged', 'macros', 'run_name', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
+           'gates_table', 'ranks_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
+           'audit_table', 'corpus_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table',
+           'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -90,7 +90,7 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
     return Evidence(tier, params, load_results(tier, params), contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
                     base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), **read)
 
-# %% ../nbs/14a_report.ipynb #8f2b15b3
+# %% ../nbs/14a_report.ipynb #5716c83c
 def decimals(metric:str) -> int:
     "Decimals with which a metric is printed."
     return {"loss": 4, "t2v_medr": 1, "v2t_medr": 1}.get(metric.split(".")[-1], 3)
@@ -98,6 +98,14 @@ def decimals(metric:str) -> int:
 def number(value, places:int=3) -> str:
     "A fixed number of decimals, thousands separated; `n/a` for None."
     return "n/a" if value is None else f"{value:,.{places}f}"
+
+def count(value) -> str:
+    "A whole number, thousands separated."
+    return number(value, 0)
+
+def in_kib(size, places:int=0) -> str:
+    "Bytes as KiB."
+    return number(size/1024, places)
 
 def p_text(p:float) -> str:
     "A p value, in LaTeX."
@@ -135,7 +143,7 @@ def comparisons(records:dict) -> list[dict]:
         rows += [dict(claim=claim, **row, padj=adjusted[i]) for i, row in enumerate(family)]
     return rows
 
-# %% ../nbs/14a_report.ipynb #d8539820
+# %% ../nbs/14a_report.ipynb #3aa30a24
 def metric_macros(records:dict) -> dict:
     "<run>.<split>.<metric>, its ends .lo and .hi, and .n."
     out = {}
@@ -147,8 +155,8 @@ def metric_macros(records:dict) -> dict:
 
 def cost_macros(records:dict) -> dict:
     "cost.<run>.<what>: counts, KiB, seconds, milliseconds."
-    def row(c): return dict(trainable_params=number(c["trainable_params"], 0), trainable_kib=number(c["trainable_bytes"]/1024, 0), model_kib=number(c["model_bytes"]/1024, 0),
-                            train_seconds=number(c["train_seconds"], 0), step_ms=number(c["step_ms"], 0))
+    def row(c): return dict(trainable_params=count(c["trainable_params"]), trainable_kib=in_kib(c["trainable_bytes"]), model_kib=in_kib(c["model_bytes"]),
+                            train_seconds=count(c["train_seconds"]), step_ms=count(c["step_ms"]))
     return {f"cost.{run}.{k}": v for run, record in records.items() for k, v in row(record["cost"]).items()}
 
 def diff_macros(rows:list[dict]) -> dict:
@@ -159,7 +167,7 @@ def diff_macros(rows:list[dict]) -> dict:
         out |= {key: number(r["difference"]), f"{key}.p": p_text(r["p"]), f"{key}.padj": p_text(r["padj"])}
     return out
 
-# %% ../nbs/14a_report.ipynb #8a50046b
+# %% ../nbs/14a_report.ipynb #94037581
 def _all(values) -> str:
     "The values found, each once, in order: one, if all runs agree."
     return ", ".join(dict.fromkeys(map(str, values)))
@@ -167,10 +175,11 @@ def _all(values) -> str:
 def about_macros(e:Evidence) -> dict:
     "corpus.*, frames.*, base.* and meta.*"
     records = e.records.values()
-    corpus = {f"corpus.{s}.clips": number(row["clips"], 0) for s, row in e.corpus["splits"].items()}
+    corpus = {f"corpus.{s}.clips": count(row["clips"]) for s, row in e.corpus["splits"].items()}
     corpus |= {"corpus.seconds": f"{e.corpus['seconds']:g}", "corpus.frames": str(e.corpus["frames"]), "corpus.side": str(e.corpus["side"])}
-    base = {"base.params": number(e.base["params"], 0), "base.mib": number(e.base_bytes/2**20, 1), "base.steps": number(e.base["steps"], 0)}
-    meta = {"meta.tier": e.tier, "meta.seeds": str(max(len(r["config"]["seeds"]) for r in records)), "meta.code_version": _all(r["code_version"] for r in records)}
+    base = {"base.params": count(e.base["params"]), "base.mib": number(e.base_bytes/2**20, 1), "base.steps": count(e.base["steps"])}
+    meta = {"meta.tier": e.tier, "meta.seeds": str(max(len(r["config"]["seeds"]) for r in records))}
+    meta |= {"meta.code_version": _all(r["code_version"] for r in records)}
     meta |= {f"meta.{k}": _all(r["versions"][k] for r in records) for k in ("python", "torch", "transformers", "peft", "bitsandbytes")}
     return {**corpus, "frames.budget": str(e.params.frames.budget), **base, **meta}
 
@@ -204,7 +213,7 @@ def tabular(columns:str, header:list, rows:list) -> str:
             out += [_line([rf"{{\scriptsize {sign(low)}}}" if low else "" for _, low in pairs]), r"\addlinespace[1pt]"]
     return "\n".join([*out, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
-# %% ../nbs/14a_report.ipynb #13ede571
+# %% ../nbs/14a_report.ipynb #27fd2e4a
 def cell(record:dict, name:str, interval:bool=False):
     "A metric as a cell; with its interval if asked and there is one."
     m, places = record["metrics"][name], decimals(name)
@@ -218,11 +227,11 @@ def measure_table(records:dict, runs, measures, wide=(), lead=None, split:str="t
     rows = [[run_name(r), *(f(records[r]) for f in lead.values()), *(cell(records[r], f"{split}.{m}", m in wide) for m in measures)] for r in runs]
     return tabular("l" + "l"*len(lead) + "r"*len(measures), [header], rows)
 
-def _params(record): return number(record["cost"]["trainable_params"], 0)
+def _params(record): return count(record["cost"]["trainable_params"])
 
 def _ranks(record): return "/".join(str(record["config"]["ranks"].get(m, 0)) for m in ("vision", "fusion", "text"))
 
-# %% ../nbs/14a_report.ipynb #46bebfa0
+# %% ../nbs/14a_report.ipynb #2c9c83db
 def main_table(e:Evidence) -> str:
     "The methods on the test split."
     measures = ("exact", "slots", "color", "shape", "event", "transient", "order", "bleu4", "rouge_l", "cider", "loss")
@@ -242,9 +251,9 @@ def gates_table(e:Evidence) -> str:
 def ranks_table(e:Evidence) -> str:
     "Placement, allocation and rank on the test split, by rising bytes."
     runs = sorted(differing(e.records, RANKS), key=lambda r: kib(e.records[r]))
-    return measure_table(e.records, runs, ("exact", "transient", "loss"), ("exact",), {"V/F/T": _ranks, "KiB": lambda r: number(kib(r), 0)})
+    return measure_table(e.records, runs, ("exact", "transient", "loss"), ("exact",), {"V/F/T": _ranks, "KiB": lambda r: count(kib(r))})
 
-# %% ../nbs/14a_report.ipynb #986c9857
+# %% ../nbs/14a_report.ipynb #3469cf1a
 def _groups(titles, width:int, first:int=2) -> str:
     "A header line of titles, each over `width` columns, with rules below."
     spans = [rf"\multicolumn{{{width}}}{{c}}{{{t}}}" for t in titles]
@@ -268,11 +277,11 @@ def ood_table(e:Evidence) -> str:
 def cost_table(e:Evidence) -> str:
     "What each run costs."
     header = ["Run", "Trained params", "Trained KiB", "Model KiB", "Optimizer KiB", "ms/step", "Training s", "Evaluation s", "Peak RSS MiB"]
-    def row(c): return [number(c["trainable_params"], 0), *(number(c[f"{k}_bytes"]/1024, 0) for k in ("trainable", "model", "optimizer")), number(c["step_ms"], 1),
-                        number(c["train_seconds"], 1), number(c["eval_seconds"], 1), number(c["peak_rss_bytes"]/2**20, 0)]
+    def row(c): return [count(c["trainable_params"]), *(in_kib(c[f"{k}_bytes"]) for k in ("trainable", "model", "optimizer")),
+                        *(number(c[k], 1) for k in ("step_ms", "train_seconds", "eval_seconds")), count(c["peak_rss_bytes"]/2**20)]
     return tabular("l" + "r"*8, [header], [[run_name(run), *row(r["cost"])] for run, r in e.records.items()])
 
-# %% ../nbs/14a_report.ipynb #eeb3699c
+# %% ../nbs/14a_report.ipynb #28b43274
 def significance_table(e:Evidence) -> str:
     "All planned comparisons by claim."
     header = ["Claim", "First run", "Second run", "Measure", "First", "Second", "Difference", r"95\,\% interval", "$p$", "Adjusted $p$"]
@@ -280,34 +289,35 @@ def significance_table(e:Evidence) -> str:
     for r in comparisons(e.records):
         if last and r["claim"] != last: rows.append(None)
         both = [number(e.records[r[k]]["metrics"][f"test.{r['metric']}"]["value"]) for k in "ab"]
-        rows.append([r["claim"] if r["claim"] != last else "", run_name(r["a"]), run_name(r["b"]), MEASURES[r["metric"]].lower(), *both, number(r["difference"]),
-                     f"[{sign(number(r['low']))}, {sign(number(r['high']))}]", p_text(r["p"]), p_text(r["padj"])])
+        rows.append([r["claim"] if r["claim"] != last else "", run_name(r["a"]), run_name(r["b"]), MEASURES[r["metric"]].lower(), *both,
+                     number(r["difference"]), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]", p_text(r["p"]), p_text(r["padj"])])
         last = r["claim"]
     return tabular("llllrrrrrr", [header], rows)
 
 def audit_table(e:Evidence) -> str:
     "The audit of the reference run."
     rows = e.records[REFERENCE]["audit"]
-    def line(r): return [r["modality"], f"{r['adapted']}/{r['modules']}", r["bits"], str(r["rank"]), number(r["params"], 0), number(r["base_bytes"]/1024, 1), number(r["adapter_bytes"]/1024, 1)]
+    def line(r): return [r["modality"], f"{r['adapted']}/{r['modules']}", r["bits"], str(r["rank"]), count(r["params"]),
+                         in_kib(r["base_bytes"], 1), in_kib(r["adapter_bytes"], 1)]
     total = {k: sum(r[k] for r in rows) for k in ("adapted", "modules", "params", "base_bytes", "adapter_bytes")}
     header = ["Modality", "Adapted", "Bits", "Rank", "Params", "Base KiB", "Adapter KiB"]
     return tabular("lrrrrrr", [header], [*map(line, rows), None, line(dict(modality="all", bits="", rank="", **total))])
 
 def corpus_table(e:Evidence) -> str:
     "Counts and shares of every split."
-    def galleries(row): return number(row["galleries"], 0) if row["galleries"] else "--"
-    rows = [[s, number(r["clips"], 0), galleries(r), number(r["transient_share"], 2), number(r["cut_share"], 2), str(r["words"])] for s, r in e.corpus["splits"].items()]
+    def row(r): return [count(r["clips"]), count(r["galleries"]) if r["galleries"] else "--", number(r["transient_share"], 2), number(r["cut_share"], 2), str(r["words"])]
+    rows = [[split, *row(r)] for split, r in e.corpus["splits"].items()]
     return tabular("lrrrrr", [["Split", "Clips", "Galleries", "Transient events", "Clips with cut", "Words"]], rows)
 
-# %% ../nbs/14a_report.ipynb #27c3da7b
+# %% ../nbs/14a_report.ipynb #430ab5f5
 def _list(values) -> str: return ", ".join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in values)
 
 def tuned(e:Evidence) -> dict:
-    "tuned run and field -> the values tried, each with its exact match on dev; bold: the value that the run uses."
+    "tuned run and field -> the values tried, each with its caption loss on dev; bold: the value that the run uses."
     out = {}
     for run, grid in e.params.tune.grid.items():
         used = [e.records[run]["config"][field] for field in grid]
-        tried = {" / ".join(f"{t[f]:g}" for f in grid): (number(t["exact"]), [t[f] for f in grid] == used) for t in e.tune["trials"] if t["run"] == run}
+        tried = {" / ".join(f"{t[f]:g}" for f in grid): (number(t["loss"], decimals("loss")), [t[f] for f in grid] == used) for t in e.tune["trials"] if t["run"] == run}
         out[f"{run_name(run)}: {_escape(', '.join(grid))}"] = ", ".join(rf"\textbf{{{v}}} ({x})" if best else f"{v} ({x})" for v, (x, best) in tried.items())
     return out
 
@@ -316,12 +326,13 @@ def hyper_sections(e:Evidence) -> dict:
     c, f, base = e.records[REFERENCE]["config"], e.params.frames, e.base["config"]
     def sizes(part): return f"{part['layers']} layers, width {part['hidden']}, MLP {part['mlp']}"
     return {
-        "Base model": {"vision tower": sizes(base["vision"]), "language model": sizes(base["text"]), "pretraining": f"{base['clips']:,} clips, {base['steps']:,} steps",
-                       "batch, learning rate": _list([base["batch_size"], base["lr"]]), "GPU time": f"{e.base['seconds']:.0f} s"},
+        "Base model": {"vision tower": sizes(base["vision"]), "language model": sizes(base["text"]),
+                       "pretraining": f"{base['clips']:,} clips, {base['steps']:,} steps", "batch, learning rate": _list([base["batch_size"], base["lr"]]), "GPU time": f"{e.base['seconds']:.0f} s"},
         "Frames": {"budget $K$": str(f.budget), "side, pixels": str(f.size), r"floor $\lambda$": f"{f.floor:g}"},
         "Adapters": {"rank vision/fusion/text": _ranks(e.records[REFERENCE]), r"$\alpha/r$": f"{c['alpha_over_rank']:g}"},
-        "Training": {"steps, batch": _list([c["steps"], c["batch_size"]]), "warm-up steps, then cosine": str(c["warmup"]), "weight decay": f"{c['weight_decay']:g}"},
-        "Tuned: value and exact match on the development split": tuned(e),
+        "Training": {"steps, batch": _list([c["steps"], c["batch_size"]]), "warm-up steps, then cosine": str(c["warmup"]),
+                     "weight decay": f"{c['weight_decay']:g}"},
+        "Tuned: value and caption loss on the development split": tuned(e),
     }
 
 def hyper_table(e:Evidence) -> str:
@@ -331,20 +342,22 @@ def hyper_table(e:Evidence) -> str:
         rows += [None]*bool(rows) + [[rf"\multicolumn{{2}}{{@{{}}l@{{}}}}{{\emph{{{title}}}}}"], *([rf"\quad {k}", v] for k, v in settings.items())]
     return tabular("lr", [["Setting", "Value"]], rows)
 
-# %% ../nbs/14a_report.ipynb #a45e3e98
+# %% ../nbs/14a_report.ipynb #ff13f3ce
 def provenance_table(e:Evidence) -> str:
     "Run, seeds, configuration, code, versions and machine."
     def row(r):
         v, h = r["versions"], r["hardware"]
-        return [_list(r["config"]["seeds"]), *(rf"\texttt{{{r[k]}}}" for k in ("config_hash", "code_version")), v["python"], v["torch"], v["bitsandbytes"], _escape(f"{h['system']} {h['machine']}, {h['cpus']} CPUs")]
+        return [_list(r["config"]["seeds"]), *(rf"\texttt{{{r[k]}}}" for k in ("config_hash", "code_version")),
+                *(str(v[k]) for k in ("python", "torch", "bitsandbytes")), _escape(f"{h['system']} {h['machine']}, {h['cpus']} CPUs")]
     header = ["Run", "Seeds", "Configuration", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
     return tabular("lllllllr", [header], [[run_name(run), *row(r)] for run, r in e.records.items()])
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table)
 
-# %% ../nbs/14a_report.ipynb #44250bce
-FIGURES = dict(main=lambda e: main_figure(e.records), selectors=lambda e: selectors_figure(e.records, e.selection["coverage"]), gates=lambda e: gates_figure(e.records),
+# %% ../nbs/14a_report.ipynb #660ce447
+FIGURES = dict(main=lambda e: main_figure(e.records), gates=lambda e: gates_figure(e.records),
+               selectors=lambda e: selectors_figure(e.records, e.selection["coverage"]),
                scaling=lambda e: scaling_figure(e.records), curves=lambda e: curves_figure(e.records), selection=lambda e: selection_figure(e.selection),
                contact=lambda e: contact_figure(e.contact, e.corpus["seconds"]))
 
@@ -357,7 +370,7 @@ def results_markdown(e:Evidence) -> str:
     "Every run on one line, for the README."
     names = ("test.exact", "test.transient", "test.order", "test.cider", "test.t2v_r1", "ood.exact")
     def plain(text): return text if isinstance(text, str) else " ".join(text)
-    rows = [[f"`{run}`", *(plain(cell(r, n, n == "test.exact")) for n in names), number(kib(r), 0)] for run, r in e.records.items()]
+    rows = [[f"`{run}`", *(plain(cell(r, n, n == "test.exact")) for n in names), count(kib(r))] for run, r in e.records.items()]
     header = ["run", "exact match [95 % CI]", "transient", "order", "CIDEr", "text-to-video R@1", "exact, out of domain", "trained KiB"]
     clips = e.corpus["splits"]["test"]["clips"]
     return f"Tier `{e.tier}`, {clips} test clips, mean over seeds. Written by `dvc repro report`.\n\n{markdown_table(header, rows)}\n"
@@ -395,7 +408,7 @@ def write_report(tier:str, out="paper/generated") -> Path:
         save_figure(FIGURES["main"](evidence), new/"figures"/"main.png")
     return target
 
-# %% ../nbs/14a_report.ipynb #a5b5c126
+# %% ../nbs/14a_report.ipynb #dd4ae2b9
 ASKS = re.compile(r"\\(val|tabinput|figinput)\{([^}#]+)\}")
 MADE = {"tabinput": "tables/{}.tex", "figinput": "figures/{}.pdf"}
 
@@ -417,6 +430,7 @@ def check_keys(paper_dir) -> list[str]:
     for file, i, line in _sources(paper):
         if "PENDING" in line: problems.append(f"{file}:{i}: PENDING")
         for kind, name in ASKS.findall(line):
+            made = MADE.get(kind, "").format(name)
             if kind == "val" and name not in known: problems.append(f"{file}:{i}: \\val{{{name}}} has no value")
-            if kind in MADE and not (generated/MADE[kind].format(name)).is_file(): problems.append(f"{file}:{i}: generated/{MADE[kind].format(name)} is missing")
+            if made and not (generated/made).is_file(): problems.append(f"{file}:{i}: generated/{made} is missing")
     return problems
