@@ -6,7 +6,7 @@
 __all__ = ['measure', 'choose', 'prepare', 'load_videos', 'split_statistics', 'mean_coverage', 'selection_example',
            'contact_sheet']
 
-# %% ../nbs/06a_prepare.ipynb #31866aa6
+# %% ../nbs/06a_prepare.ipynb #e980cbd2
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .batch import ClipSet
-from .config import FramesConfig
+from .config import FramesConfig, parse
 from .core import InputError
 from .corpus import ClipRecord, video_path
 from .frames import coverage, interval_sum, select_frames
@@ -45,7 +45,7 @@ def _prepare_clip(root, config:FramesConfig, record:ClipRecord) -> dict:
     clip, signals = measure(video_path(root, record), config.size, record.start, record.end)
     return {s: choose(clip, signals, s, config, record.id) for s in config.selectors}
 
-# %% ../nbs/06a_prepare.ipynb #bd544a2e
+# %% ../nbs/06a_prepare.ipynb #c6190fbf
 def _stack(chosen:list[tuple]) -> ClipSet:
     return ClipSet(*(torch.from_numpy(np.stack(part)) for part in list(zip(*chosen))[:3]))
 
@@ -61,7 +61,7 @@ def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> Cli
     "A clip set from video files: `frames` chosen frames of each. Raises `InputError` for a file that cannot be read."
     paths = [Path(p) for p in paths]
     if not paths: raise InputError("paths", "no video files given")
-    config = FramesConfig(budget=frames, size=size, selectors=[selector])
+    config = parse(FramesConfig, dict(budget=frames, size=size, selectors=[selector]), "load_videos")
     return _stack([choose(*measure(p, size), selector, config, p.name) for p in paths])
 
 # %% ../nbs/06a_prepare.ipynb #d3de5997

@@ -1,0 +1,94 @@
+"dvc.yaml: every stage names exactly what its notebook reaches; and one run, small, from clips to record."
+import re
+
+import pytest
+import yaml
+from conftest import ROOT, closure, code_cells, imported
+
+from mmqlora.batch import save_clips
+from mmqlora.config import load_params
+from mmqlora.core import read_json, repo_path
+from mmqlora.corpus import write_records
+from mmqlora.prepare import prepare
+from mmqlora.report import check_record
+from mmqlora.runs import run_experiment
+
+STAGES = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
+PARAMS = yaml.safe_load((ROOT/"params.yaml").read_text())
+BODY = {name: stage.get("do", stage) for name, stage in STAGES.items()}
+NOTEBOOKS = [name for name, body in BODY.items() if "papermill" in body["cmd"]]
+
+
+def outs(body): return [next(iter(o)) if isinstance(o, dict) else o for o in body["outs"]]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_deps_are_the_import_closure_of_the_notebook(name):
+    notebook = f"nbs/experiments/{name}.ipynb"
+    reached = closure(set().union(*(imported(re.sub(r"^%.*$", "", s, flags=re.M)) for s, _ in code_cells(ROOT/notebook))))
+    deps = set(BODY[name]["deps"])
+    assert {d for d in deps if d.startswith("mmqlora/")} == {f"mmqlora/{m}.py" for m in reached}
+    assert notebook in deps and notebook in BODY[name]["cmd"]
+
+
+def test_there_is_a_stage_for_every_experiment_and_a_run_for_every_line_of_params():
+    assert set(NOTEBOOKS) == {p.stem for p in (ROOT/"nbs/experiments").glob("*.ipynb")}
+    assert STAGES["finetune"]["foreach"] == "${runs}"
+
+
+@pytest.mark.parametrize("name", BODY)
+def test_no_stage_writes_into_data_and_no_executed_notebook_is_a_dep(name):
+    assert not [o for o in outs(BODY[name]) if o.startswith("data")]
+    assert not [d for d in BODY[name]["deps"] if "executed" in d]
+
+
+@pytest.mark.parametrize("name", BODY)
+def test_params_of_a_stage_exist(name):
+    for key in BODY[name].get("params", []):
+        value = PARAMS
+        for part in key.replace("${profile}", "cpu").replace("${key}", "qlora").split("."): value = value[part]
+
+
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n not in ("pretrain", "tune")])
+def test_a_notebook_reads_no_section_of_params_that_is_not_declared(name):
+    source = "\n".join(s for s, _ in code_cells(ROOT/f"nbs/experiments/{name}.ipynb"))
+    declared = {key.split(".")[0] for key in BODY[name]["params"]}
+    assert set(re.findall(r"params\.(\w+)", source)) <= declared
+
+
+def test_stages_that_need_a_gpu_or_choose_rates_are_frozen():
+    assert {n for n, body in BODY.items() if body.get("frozen")} == {"pretrain", "tune"}
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path, monkeypatch):
+    "A repository of 16 training clips in which two runs of two steps can be made."
+    root, records = corpus
+    params = dict(PARAMS, profile="tiny", profiles={"tiny": {"clips": {"train": 16, "dev": 8, "test": 8, "ood": 8}, "steps": 2}})
+    params["corpus"] = dict(params["corpus"], root="data")
+    (tmp_path/"params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path/"models").symlink_to(ROOT/"models")
+    write_records(tmp_path/"data", records)
+    for split in ("train", "test", "ood"):
+        sets, _ = prepare(root, [r for r in records if r.split == split], load_params(tmp_path/"params.yaml").frames, workers=1, label=split)
+        save_clips(tmp_path/f"artifacts/frames/entropy/{split}.safetensors", sets["entropy"])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, trained", [("zeroshot", False), ("tqlora", True)])
+def test_a_run_makes_a_complete_record(tiny, monkeypatch, name, trained):
+    monkeypatch.setattr("mmqlora.runs.repo_path", lambda *parts: repo_path(*parts) if parts[0] == "models/base" else tiny.joinpath(*parts))
+    record = run_experiment(load_params(tiny/"params.yaml"), name)
+    check_record(record, name)
+    seeds = len(record["config"]["seeds"])
+    assert all(0 <= record["metrics"][m]["value"] <= 1 for m in ("test.exact", "ood.slots", "test.t2v_r1", "test.v2t_map"))
+    assert [len(row) for row in record["per_clip"]["test.exact"]] == [8]*seeds
+    assert (record["cost"]["trainable_params"] > 0) == trained == bool(record["curve"]["step"])
+    assert len(list((tiny/f"artifacts/adapters/{name}").glob("seed*/adapter_model.safetensors"))) == (seeds if trained else 0)
+    assert not list((tiny/"artifacts").rglob("*.checkpoint.safetensors"))
+
+
+def test_committed_results_carry_their_provenance():
+    for path in sorted((ROOT/"results").rglob("*.json")):
+        record = read_json(path)
+        assert {"config", "config_hash", "code_version", "versions", "hardware", "tier"} <= record.keys(), path

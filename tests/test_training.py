@@ -1,0 +1,141 @@
+"Training on real 4-bit weights: equal runs are equal, resuming changes nothing, the base stays as it is."
+import math
+
+import peft
+import pytest
+import torch
+
+from mmqlora.adapters import QUANTIZATION, adapt
+from mmqlora.config import RunConfig
+from mmqlora.core import InputError, repo_path
+from mmqlora.model import linears, load_model
+from mmqlora.predict import score_captions, write_captions
+from mmqlora.quickstart import load
+from mmqlora.ranks import audit
+from mmqlora.temporal import gated_layers
+from mmqlora.train import Trainer, build, fit, trained_tensors
+
+BASE = repo_path("models/base")
+GATED = dict(gate="rank", gate_lr=3.)
+
+
+def trained(training, config, **more):
+    "(model, trainer, losses) of a run on the shared clips."
+    clips, captions = training
+    model, tokenizer = build(BASE, config, device="cpu")
+    trainer = Trainer(model, tokenizer, clips, captions, config)
+    return model, trainer, fit(trainer, **more)["loss"]
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("gate", [{}, GATED], ids=["qlora", "gated"])
+def test_two_equal_runs_are_equal_to_the_bit(training, short, gate):
+    config = short.model_copy(update=gate)
+    (one, _, loss), (two, _, again) = trained(training, config), trained(training, config)
+    assert loss == again and same(trained_tensors(one), trained_tensors(two))
+    assert loss[-1] < loss[0]
+
+
+def test_another_seed_is_another_run(training, short):
+    clips, captions = training
+    model, tokenizer = build(BASE, short, seed=1, device="cpu")
+    assert fit(Trainer(model, tokenizer, clips, captions, short, seed=1))["loss"] != trained(training, short)[2]
+
+
+@pytest.mark.parametrize("gate", [{}, GATED], ids=["qlora", "gated"])
+def test_a_run_killed_in_the_middle_and_resumed_equals_an_uninterrupted_one(training, short, gate, tmp_path, monkeypatch):
+    config = short.model_copy(update=gate)
+    whole, _, loss = trained(training, config)
+    step = Trainer.step
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "step", lambda self, n: (_ for _ in ()).throw(KeyboardInterrupt) if n == 4 else step(self, n))
+        with pytest.raises(KeyboardInterrupt): trained(training, config, checkpoint=tmp_path/"c.safetensors", every=3)
+    resumed, _, after = trained(training, config, checkpoint=tmp_path/"c.safetensors", every=3)
+    assert after == loss and same(trained_tensors(resumed), trained_tensors(whole))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(training, short, tmp_path):
+    path = tmp_path/"c.safetensors"
+    trained(training, short, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="belongs to another configuration"): trained(training, short.model_copy(update={"lr": .1}), checkpoint=path)
+    assert path.read_bytes() == before
+    path.write_bytes(before[:500])
+    with pytest.raises(InputError, match="not a checkpoint"): trained(training, short, checkpoint=path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(training, short, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", lambda self, n: math.nan)
+    with pytest.raises(InputError, match="step 0: the loss is nan -- lower lr"): trained(training, short)
+
+
+def test_qlora_leaves_the_four_bit_base_as_it_was(training, short):
+    model, _, _ = trained(training, short.model_copy(update=GATED))
+    fresh, _ = load_model(BASE, "nf4", device="cpu")
+    packed = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
+    assert all(torch.equal(p, packed[n]) for n, p in fresh.named_parameters())
+    assert sum(p.dtype == torch.uint8 for p in packed.values()) == sum(map(len, linears(fresh).values()))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("gate", ["none", "scalar", "rank"])
+def test_only_lora_parameters_are_trainable_and_every_linear_has_its_adapter(method, gate):
+    model = adapt(load_model(BASE, QUANTIZATION[method], device="cpu")[0], method, gate=gate)
+    assert all(("lora_" in n) == p.requires_grad for n, p in model.named_parameters())
+    assert (audit(model)["modules"] == audit(model)["adapted"]).all()
+    adapted = [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert len(gated_layers(model)) == (0 if gate == "none" else len(adapted))
+    assert gate == "none" or all(m.lora_variant["default"] for m in adapted)
+
+
+def adapters(training, **more):
+    "A gated model and the same adapter without gates, both with random B."
+    config = RunConfig(method="qlora", **more)
+    torch.manual_seed(1)
+    gated, tokenizer = build(BASE, config.model_copy(update=GATED), device="cpu")
+    plain, _ = build(BASE, config, device="cpu")
+    ours, theirs = dict(gated.named_parameters()), dict(plain.named_parameters())
+    for name, parameter in theirs.items():
+        if "lora_B" in name: parameter.data = torch.randn_like(parameter)*.02
+        if "lora_" in name: ours[name].data = parameter.data.clone()
+    return gated.eval(), plain.eval(), tokenizer
+
+
+def test_with_gates_of_one_it_is_lora_to_the_bit(training):
+    gated, plain, tokenizer = adapters(training)
+    clips, captions = training
+    signals = torch.randn_like(clips.signal)
+    assert torch.equal(score_captions(gated, tokenizer, clips, captions, signals), score_captions(plain, tokenizer, clips, captions))
+    for layer in gated_layers(gated).values(): layer.lora_gate_slope["default"].data.fill_(.5)
+    assert not torch.equal(score_captions(gated, tokenizer, clips, captions, signals), score_captions(plain, tokenizer, clips, captions))
+
+
+def test_a_fresh_adapter_changes_nothing(training):
+    clips, captions = training
+    base, tokenizer = load_model(BASE, "nf4", device="cpu")
+    before = score_captions(base, tokenizer, clips, captions)
+    assert torch.equal(score_captions(adapt(base, "qlora", gate="rank"), tokenizer, clips, captions, clips.signal), before)
+
+
+def test_gating_is_the_same_with_gradient_checkpointing(training, short):
+    _, _, loss = trained(training, short.model_copy(update=GATED))
+    clips, captions = training
+    model, tokenizer = build(BASE, short.model_copy(update=GATED), device="cpu")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = fit(Trainer(model, tokenizer, clips, captions, short.model_copy(update=GATED)))["loss"]
+    assert again == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("gate", [{}, GATED], ids=["qlora", "gated"])
+def test_a_saved_adapter_writes_the_same_captions_when_it_is_loaded_again(training, short, gate, tmp_path):
+    clips, _ = training
+    model, trainer, _ = trained(training, short.model_copy(update=gate))
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    again, tokenizer = load(BASE, tmp_path, device="cpu")
+    assert isinstance(again, peft.PeftModel)
+    assert write_captions(again, tokenizer, clips) == write_captions(model, tokenizer, clips)
+    captions = ["first the red disc hops , and then the blue bar expands ."]*len(clips)
+    assert torch.equal(score_captions(again, tokenizer, clips, captions), score_captions(model, tokenizer, clips, captions))
