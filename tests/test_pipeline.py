@@ -16,7 +16,7 @@ from mmqlora.runs import run_experiment
 STAGES = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT/"params.yaml").read_text())
 BODY = {name: stage.get("do", stage) for name, stage in STAGES.items()}
-NOTEBOOKS = [name for name, body in BODY.items() if "papermill" in body["cmd"]]
+NOTEBOOKS = [name for name, body in BODY.items() if "scripts/notebook.sh" in body["cmd"]]
 
 
 def outs(body): return [next(iter(o)) if isinstance(o, dict) else o for o in body["outs"]]
