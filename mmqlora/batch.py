@@ -64,7 +64,7 @@ def load_clips(path, limit:int|None=None, audio:bool=False) -> ClipSet:
         with safe_open(path, "pt") as f: return ClipSet(**{name: f.get_slice(name)[:limit] for name in wanted})
     except Exception as err: raise InputError(path, f"not a clip set{' with audio'*audio} ({err})") from None
 
-# %% ../nbs/06_batch.ipynb #4ffe3221
+# %% ../nbs/06_batch.ipynb #b5385798
 def pitch_class(hertz):
     "Frequency (a number, numpy or torch) -> class in [0, PITCHES); 0 for silence (0 Hz)."
     return ((hertz + 55)//110 - 1).clip(1, PITCHES - 1)*(hertz > 0)
@@ -75,7 +75,7 @@ def dominant_pitch(classes:torch.Tensor, index:torch.Tensor) -> torch.Tensor:
     count = F.pad(rings.long().cumsum(1), (0, 0, 1, 0))                     # (N, T + 1, PITCHES - 1): frames before t
     upto = count.gather(1, (index + 1)[..., None].expand(-1, -1, PITCHES - 1))
     heard = upto - F.pad(upto, (0, 0, 1, 0))[:, :-1]
-    return torch.where(heard.amax(-1) > 0, heard.argmax(-1) + 1, 0)
+    return (heard.argmax(-1) + 1)*(heard.amax(-1) > 0)
 
 # %% ../nbs/06_batch.ipynb #1ac589fc
 def pixel_values(pixels:torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def prompt_ids(tokenizer, position:torch.Tensor, tokens_per_frame:int, audio:tor
     asked = [torch.tensor(caption_ids(tokenizer, p, "prompt")[:-1], dtype=torch.long) for p in prompts]
     return _pad_left([torch.cat(parts) for parts in zip(seen, asked, cap)], tokenizer.pad_token_id)
 
-# %% ../nbs/06_batch.ipynb #b37a18fb
+# %% ../nbs/06_batch.ipynb #2ef74514
 def collate(tokenizer, clips:ClipSet, captions:list[list[int]], tokens_per_frame:int, prompts:list[str]|None=None) -> dict:
     "Prompt and caption ids (right-padded), labels (-100 outside the caption), pixels: the inputs of SmolVLM."
     prompt = prompt_ids(tokenizer, clips.position, tokens_per_frame, clips.audio, prompts)

@@ -7,13 +7,13 @@ __all__ = ['HUES', 'SHAPES', 'PERSISTENT', 'TRANSIENT', 'EVENTS', 'SOUNDS', 'ENG
            'INVERSE', 'NUMBERS', 'QUESTIONS', 'BRIEF', 'SUMMARY', 'HEARD', 'ONLY', 'INSTRUCTIONS', 'WITH', 'WITHOUT',
            'Grammar', 'grammar_of', 'thing_words', 'clause', 'idle_phrase', 'tell', 'slots_of', 'vocabulary']
 
-# %% ../nbs/01a_grammar.ipynb #63e71cc6
+# %% ../nbs/01a_grammar.ipynb #87e06d97
 import re
 from dataclasses import dataclass
 
 from .core import InputError
 
-# %% ../nbs/01a_grammar.ipynb #67c61d4f
+# %% ../nbs/01a_grammar.ipynb #8dbd0d90
 HUES = ("red", "green", "blue", "yellow", "white", "purple")
 SHAPES = ("disc", "ring", "bar", "cross")
 PERSISTENT = ("left", "right", "up", "down", "grow", "shrink")
@@ -21,6 +21,7 @@ TRANSIENT = ("blink", "jump", "flash")
 EVENTS = PERSISTENT + TRANSIENT
 SOUNDS = ("drum", "bell", "whistle", "horn")                 # Only ever heard, never seen
 
+# %% ../nbs/01a_grammar.ipynb #5dfd8b9b
 @dataclass(frozen=True)
 class Grammar:
     "What one language needs to tell a scene. The first word of a phrase is its verb."
@@ -35,7 +36,7 @@ class Grammar:
     noun_first: bool = False                                 # `disco rojo`, not `red disc`
     inverts: bool = False                                    # After an adverb the verb precedes its subject
 
-# %% ../nbs/01a_grammar.ipynb #33d47d88
+# %% ../nbs/01a_grammar.ipynb #f9e640bb
 def _row(names, text:str) -> dict: return dict(zip(names, (part.strip() for part in text.split("|")), strict=True))
 
 def _forms(target:str, sequence:str, single:str, pair:str, beside:str, row:str) -> dict:
@@ -48,7 +49,7 @@ ENGLISH = Grammar(
     _forms("first {A} , and then {B} .", "{a} then {b} .", "{a} .", "{a} while {b} .", "{x} beside {y} .", "first {x} , and then {y} ."),
     "stays still", "never {v} {r}")
 
-# %% ../nbs/01a_grammar.ipynb #81e08355
+# %% ../nbs/01a_grammar.ipynb #9068ca33
 def _colors(text:str) -> dict: return {c: tuple(forms.split()) for c, forms in _row(HUES, text).items()}
 
 GERMAN = Grammar(
@@ -69,7 +70,7 @@ SPANISH = Grammar(
     _forms("primero {A} , y luego {B} .", "{a} luego {b} .", "{a} .", "{a} pero {b} .", "{x} junto a {y} .", "primero {x} , y luego {y} ."),
     "no se mueve", "nunca {v} {r}", noun_first=True)
 
-# %% ../nbs/01a_grammar.ipynb #bfbefac4
+# %% ../nbs/01a_grammar.ipynb #fac1e3b8
 CHINESE = Grammar(
     "chinese", _colors("红色的 | 绿色的 | 蓝色的 | 黄色的 | 白色的 | 紫色的"),
     {"disc": ("圆盘", 0), "ring": ("圆环", 0), "bar": ("长条", 0), "cross": ("十字", 0)}, {"base": ("",), "target": ("",)},
@@ -85,7 +86,7 @@ def grammar_of(language:str) -> Grammar:
     if language in GRAMMARS: return GRAMMARS[language]
     raise InputError("language", f"no grammar for '{language}'", f"choose from: {', '.join(GRAMMARS)}")
 
-# %% ../nbs/01a_grammar.ipynb #a7db1cb1
+# %% ../nbs/01a_grammar.ipynb #9daec1d2
 def thing_words(g:Grammar, name:tuple, dialect:str|None) -> str:
     "A (colour, shape) with the article of a dialect, or with none."
     noun, gender = g.shapes[name[1]]
@@ -105,6 +106,7 @@ def idle_phrase(g:Grammar, idle:str, dialect:str) -> str:
     verb, _, rest = g.phrases[dialect][idle].partition(" ")
     return g.never.format(v=verb, r=rest).strip()
 
+# %% ../nbs/01a_grammar.ipynb #c79f71c3
 def tell(
     form:str,            # A key of `Grammar.forms`
     names:list,          # (colour, shape) of the things, in the order in which they are told
@@ -120,7 +122,7 @@ def tell(
     (a, b), (A, B) = ([clause(g, s, p, adverb) for s, p in zip((x, y), said)] for adverb in (False, True))
     return " ".join(g.forms[form].format(a=a, b=b, A=A, B=B, x=x, y=y).split())
 
-# %% ../nbs/01a_grammar.ipynb #12c57e87
+# %% ../nbs/01a_grammar.ipynb #80efad4d
 def _inverse(g:Grammar) -> tuple[dict, dict, dict, int]:
     "Word -> colour, noun -> shape, phrase -> event, length of the longest phrase."
     kinds = {phrase: kind for table in g.phrases.values() for kind, phrase in table.items()}
@@ -149,7 +151,7 @@ def slots_of(caption:str, language:str="en") -> dict:
     found = (found + [(None, None, None)]*2)[:2]
     return {f"{slot}{n}": found[n - 1][i] for n in (1, 2) for i, slot in enumerate("cse")}
 
-# %% ../nbs/01a_grammar.ipynb #1727017b
+# %% ../nbs/01a_grammar.ipynb #5312e001
 NUMBERS = ("zero", "one", "two")
 QUESTIONS = {"order": ("which thing acts first ?", "which thing acts last ?"),
              "count": ("how many move ?", "how many things ?", "how many events ?"),

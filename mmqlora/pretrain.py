@@ -11,6 +11,7 @@ __all__ = ['CHUNK', 'FAST', 'MODES', 'FAMILIES', 'CARD', 'ABILITIES', 'TASKS', '
 import datetime, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class BaseClips:
     def __getitem__(self, rows:slice): return BaseClips(*(v[rows] for v in vars(self).values()))
     def __len__(self): return len(self.captions)
 
-# %% ../nbs/09a_pretrain.ipynb #fdf86117
+# %% ../nbs/09a_pretrain.ipynb #bb835066
 def _render_chunk(job):
     path, first, n, size, seed, transient = job
     pixels = np.lib.format.open_memmap(path, mode="r+")
@@ -107,7 +108,7 @@ def learning_rate(progress:float, peak:float, warm:float=.01) -> float:
     "Linear warm-up, a plateau, a linear descent to 3 % of the peak."
     return peak*min(1., progress/warm + 1e-3)*(.03 + .97*min(1., 1.4*(1 - progress)))
 
-# %% ../nbs/09a_pretrain.ipynb #0718c98d
+# %% ../nbs/09a_pretrain.ipynb #b3eb46b0
 @dataclass
 class Pool:
     "n things to say about clips, all of one shape."
@@ -118,24 +119,25 @@ class Pool:
     kinds: np.ndarray          # (n,) what is asked for, for the scores
     def __len__(self): return len(self.rows)
 
-def _pool(tokenizer, mode:str, rows, kinds, prompts, answers, device) -> Pool:
-    memo = {t: caption_ids(tokenizer, t) for t in {*prompts, *answers}}
-    said, longest = [memo[a] for a in answers], max(len(memo[a]) for a in answers)
-    answer = torch.tensor([ids + [tokenizer.pad_token_id]*(longest - len(ids)) for ids in said])
-    prompt = torch.tensor([memo[p][:-1] for p in prompts], dtype=torch.long).view(len(rows), -1)
+def _pool(encode, pad:int, mode:str, rows, kinds, prompts, answers, device) -> Pool:
+    said = [encode(a) for a in answers]
+    longest = max(map(len, said))
+    answer = torch.tensor([ids + [pad]*(longest - len(ids)) for ids in said])
+    prompt = torch.tensor([encode(p)[:-1] for p in prompts], dtype=torch.long).view(len(rows), -1)
     return Pool(mode, mode == "audio", torch.as_tensor(np.asarray(rows)).to(device), prompt.to(device), answer.to(device), np.asarray(kinds))
 
 def make_pools(tokenizer, clips:BaseClips, device="cpu") -> dict[str, list[Pool]]:
     "Mode or family -> its pools: one for a mode of plain captions, one per length of prompt for a family of tasks."
-    pools = {}
+    pools, pad = {}, tokenizer.pad_token_id
+    encode = cache(lambda text: caption_ids(tokenizer, text))                 # most texts occur often
     for mode, (_, wanted) in MODES.items():
         rows = np.flatnonzero(np.isin(clips.kinds, wanted))
-        pools[mode] = [_pool(tokenizer, mode, rows, clips.kinds[rows], [""]*len(rows), [clips.captions[i] for i in rows], device)]
+        pools[mode] = [_pool(encode, pad, mode, rows, clips.kinds[rows], [""]*len(rows), [clips.captions[i] for i in rows], device)]
     for family in FAMILIES:
         told = [t[family] for t in clips.tasks]
         lengths = np.array([len(prompt.split()) for _, prompt, _ in told])
         groups = [np.flatnonzero(lengths == n) for n in sorted(set(lengths.tolist()))]
-        pools[family] = [_pool(tokenizer, family, rows, *zip(*(told[i] for i in rows)), device) for rows in groups]
+        pools[family] = [_pool(encode, pad, family, rows, *zip(*(told[i] for i in rows)), device) for rows in groups]
     return pools
 
 # %% ../nbs/09a_pretrain.ipynb #da5ce017
@@ -218,7 +220,7 @@ def pretrain(model, tokenizer, clips:BaseClips, config:PretrainConfig, report:in
             losses = {k: [] for k in losses}
     return log
 
-# %% ../nbs/09a_pretrain.ipynb #ced2ac39
+# %% ../nbs/09a_pretrain.ipynb #009f379d
 @torch.no_grad()
 def greedy(stepper:Stepper, pool:Pool, at) -> torch.Tensor:
     "(n, L) the likeliest tokens after the prompts of rows `at` of a pool, one after the other; after the end token: padding."
@@ -308,7 +310,7 @@ def model_card(log:dict, words:int, side:int=32) -> str:
                        abilities=TASKS.format(rows=_rows(abilities)) if abilities else "",
                        languages="English, German, Spanish, Chinese" if abilities else "English")
 
-# %% ../nbs/09a_pretrain.ipynb #097e6e2b
+# %% ../nbs/09a_pretrain.ipynb #482b49ae
 def provenance(model, config:PretrainConfig, curve:dict, command:str, commit:str="") -> dict:
     "Where a base model comes from: sizes, time, machine, versions, configuration, loss curve."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -32,6 +32,7 @@ class Event:
     "What happens to thing number `thing` during frames [start, start + length)."
     thing: int; kind: str; start: int; length: int
 
+# %% ../nbs/02a_scenes.ipynb #fcda4cff
 @dataclass(frozen=True)
 class Scene:
     "The script of one clip."
@@ -177,7 +178,7 @@ def base_scene(rng, kind:str|None=None, transient:float=0.) -> Scene:
     if kind == "still": return base_still(rng)
     return base_single(rng, kind == "pair", transient)
 
-# %% ../nbs/02a_scenes.ipynb #b706def4
+# %% ../nbs/02a_scenes.ipynb #23e41044
 @dataclass(frozen=True)
 class Sound:
     "Something that is only heard, during frames [start, start + length)."
