@@ -117,7 +117,7 @@ def fit_law(x, y, delta:float=.01, start:Law|None=None) -> Law:
     if start: starts = [np.array([*np.log(start.A) - np.array(start.a)*middle, *start.a, np.log(start.E)])]
     else: starts = _starts(k, logy)
     fits = [least_squares(lambda p: _misfit(p, logx, logy)[0], np.clip(s, *np.array(bounds) + [[1e-9], [-1e-9]]), lambda p: _misfit(p, logx, logy)[1],
-                          bounds, loss="huber", f_scale=delta, max_nfev=100) for s in starts]
+                          bounds, loss="huber", f_scale=delta, max_nfev=40 if start else 100, ftol=1e-6 if start else 1e-8) for s in starts]
     p = min(fits, key=lambda f: f.cost).x
     return Law(tuple(np.exp(p[:k] + p[k:2*k]*middle).tolist()), tuple(p[k:2*k].tolist()), float(np.exp(p[-1])))
 
@@ -150,7 +150,6 @@ def _interval(values, level:float=.95): return tuple(np.quantile(values, [(1 - l
 def _flat_points(x, y) -> tuple[np.ndarray, np.ndarray]:
     "(n, axes) and (n,) from x and y (points,) or (points, seeds); losses that are nan go."
     x, y = _columns(x), np.asarray(y, float)
-    if len(x) != len(y): raise InputError("scaling", f"{len(y)} losses for {len(x)} sizes")
     if y.ndim == 2: x, y = np.repeat(x, y.shape[1], 0), y.ravel()
     return x[~np.isnan(y)], y[~np.isnan(y)]
 
@@ -170,6 +169,7 @@ def _resampled(x, law:Law, y, n:int, rng) -> list[Law]:
 # %% ../nbs/13_scaling.ipynb #b2b4d80a
 def scaling_fit(x, y, held=None, n:int=200, seed:int=0) -> ScalingFit:
     "Fit a law to the points not `held` (bool per point; default `largest`), with `n` bootstrap laws. y (points,) or (points, seeds)."
+    if len(x) != len(y): raise InputError("scaling", f"{len(y)} losses for {len(x)} sizes")
     held = largest(x) if held is None else np.asarray(held, bool)
     if len(held) != len(x): raise InputError("held", f"{len(held)} for {len(x)} points")
     if not held.any() or held.all(): raise InputError("held", "needs some points to fit and some to hold out")

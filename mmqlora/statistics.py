@@ -13,9 +13,12 @@ from .core import InputError
 from .metrics import bootstrap_ci
 
 # %% ../nbs/11b_statistics.ipynb #4c6a67c4
+def _over_seeds(x):
+    with np.errstate(invalid="ignore"): return np.nansum(x, 0)/(~np.isnan(x)).sum(0)
+
 def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
-    "Means over seeds of both, (clips,) each."
-    a, b = (np.nanmean(np.atleast_2d(np.asarray(x, float)), 0) for x in (a, b))
+    "Means over seeds of both, (clips,) each; nan where no seed has a score."
+    a, b = (_over_seeds(np.atleast_2d(np.asarray(x, float))) for x in (a, b))
     if a.shape != b.shape: raise InputError("paired test", f"{a.shape[0]} clips against {b.shape[0]}: not the same clips")
     return a, b
 
