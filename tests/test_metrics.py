@@ -15,10 +15,11 @@ from torchmetrics.functional.retrieval import (
     retrieval_average_precision, retrieval_hit_rate, retrieval_normalized_dcg, retrieval_reciprocal_rank)
 
 from mmqlora.core import InputError
+from mmqlora.errors import error_counts, error_kinds
 from mmqlora.metrics import (
     caption_metrics, clip_metrics, normalize_answer, ptb_tokenize, ranks, sacre_metrics, tokenize, vqa_accuracy)
 from mmqlora.retrieval import average_precision, both_ways, first_ranks, ndcg, query_scores, retrieval_metrics
-from mmqlora.scenes import target_scene
+from mmqlora.scenes import quartet, target_scene
 from mmqlora.statistics import (
     bootstrap_statistic, cliffs_delta, cohens_d, compare_family, compare_scores, holm, order_sensitivity, paired_permutation)
 
@@ -275,3 +276,18 @@ def test_order_sensitivity_tells_a_bag_of_frames_from_a_reader_of_order():
     assert order_sensitivity(right, rng.permutation(right, axis=1))["p"] > .05
     reader = order_sensitivity(right, right*(rng.random((3, 200)) < .5), np.arange(200)//8)
     assert reader["p"] < .01 and reader["shuffled"] == pytest.approx(reader["in_order"] - reader["drop"])
+
+
+# Errors
+
+def test_every_wrong_caption_has_a_kind_and_every_right_one_none(sentences):
+    said, true = sentences[0] + ["", "…"], [refs[0] for refs in sentences[1]] + ["a red disc"]*2
+    for s, t in zip([*said, *true], [*true, *true]): assert bool(error_kinds(s, t)) == (s.split() != t.split())
+    counts = error_counts(said, true)
+    assert counts["n"] == 62 and counts["empty"] == 1 and counts["malformed"] >= 1
+    assert counts["right"] + len({i for i, (s, t) in enumerate(zip(said, true)) if error_kinds(s, t)}) == 62
+
+
+def test_the_hard_negatives_of_a_gallery_are_told_apart_by_kind():
+    straight, order, verbs, both = [scene.caption for scene in quartet(np.random.default_rng(3))]
+    assert [error_kinds(c, straight) for c in (straight, order, verbs, both)] == [[], ["order"], ["binding"], ["order", "binding"]]
