@@ -7,7 +7,7 @@ __all__ = ['MEASURES', 'SPLITS', 'METHODS', 'REFERENCE', 'SELECTORS', 'GATES', '
            'LOOK', 'SELECTOR_STYLE', 'COST_AXES', 'differing', 'kib', 'uniform_ranks', 'drawn', 'canvas', 'plain_ticks',
            'save_figure', 'summary', 'mark', 'seed_dots', 'main_figure', 'selectors_figure', 'gates_figure',
            'scaling_figure', 'smooth', 'curves_figure', 'selection_figure', 'contact_figure', 'scaling_points',
-           'change_text', 'law_figure', 'pareto_runs', 'pareto_figure', 'errors_figure']
+           'close_ticks', 'change_text', 'law_figure', 'pareto_runs', 'pareto_figure', 'errors_figure']
 
 # %% ../nbs/14_figures.ipynb #d3a75efc
 import functools
@@ -19,6 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .config import Selector
 from .core import InputError, atomic_path
@@ -255,6 +256,10 @@ def scaling_points(records:dict, runs, size, name:str="test.loss") -> tuple[np.n
     losses = np.array([s + [np.nan]*(max(map(len, seeds)) - len(s)) for s in seeds], float)
     return np.array([size(records[r]) for r in runs], float), losses if name.endswith("loss") else 1 - losses
 
+def close_ticks(axis):
+    "Plain numbers at 1, 2 and 5 of each power of ten: a logarithmic axis that spans little more than one."
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_major_formatter("{x:g}"); axis.set_minor_formatter(NullFormatter())
+
 def change_text(flat:dict) -> str:
     "A verdict of `flatness` in words."
     low, high = flat["change_ci95"]
@@ -276,14 +281,13 @@ def law_figure(fit:ScalingFit, xlabel:str, ylabel:str="loss", other:str="") -> F
     figure, (ax,) = canvas(COLUMN, 2.4)
     groups = np.unique(fit.x[:, 1:], axis=0)
     for i, fixed in enumerate(groups): _law_curve(ax, fit, fixed, PALETTE[i % len(PALETTE)], f"{other} {fixed[0]:g}".strip() if len(fixed) else None)
-    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-    plain_ticks(ax.xaxis)
-    ax.set_title(change_text(flatness(fit)))
-    if len(groups) > 1: ax.legend()
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=change_text(flatness(fit)))
+    close_ticks(ax.xaxis)
+    if len(groups) > 1: figure.legend(*ax.get_legend_handles_labels(), ncols=4, loc="outside lower center")
     return figure
 
 # %% ../nbs/14_figures.ipynb #ba6046a5
-COST_AXES = dict(trainable_bytes=("trainable, KiB", 1024), peak_rss_bytes=("peak memory, MiB", 2**20), train_seconds=("training, s", 1))
+COST_AXES = dict(trainable_bytes=("trainable, KiB", 1024), peak_rss_bytes=("peak memory, GiB", 2**30), train_seconds=("training, s", 1))
 
 def pareto_runs(records:dict, name:str="test.exact", axes=COST_AXES) -> tuple[list[str], list[str]]:
     "(runs on the front over all cost `axes`, by falling quality; all runs that cost something on each). Losses count as low is good."
@@ -301,7 +305,7 @@ def pareto_figure(records:dict, name:str="test.exact", axes=COST_AXES) -> Figure
         cost = {r: records[r]["cost"][axis]/unit for r in runs}
         ax.plot([cost[r] for r in runs], summary(records, runs, name)[:, 0], ".", color=".75", ms=4, zorder=1)
         for i, r in enumerate(front): mark(ax, [cost[r]], summary(records, [r], name), color=PALETTE[i % 10], marker=MARKERS[i % 8], label=r)
-        ax.set(xscale="log", xlabel=label); plain_ticks(ax.xaxis)
+        ax.set(xscale="log", xlabel=label); close_ticks(ax.xaxis)
     panels[0].set_ylabel({"exact": "exact match"}.get(name.split(".")[-1], name.split(".")[-1]))
     figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="outside upper center")
     return figure
@@ -315,7 +319,7 @@ def errors_figure(table:pd.DataFrame) -> Figure:
     for i, run in enumerate(table.index):
         at = np.arange(len(kinds)) + (i - (len(table) - 1)/2)*.6/len(table)
         ax.plot(table.loc[run, kinds], at, ls="", color=PALETTE[i % 10], marker=MARKERS[i % 8], label=run)
-    ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="share of captions", xlim=(0, None))
+    ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="share of captions", xlim=(-.02, None))
     ax.invert_yaxis(); ax.grid(True, axis="x"); ax.grid(False, axis="y")
     figure.legend(*ax.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
