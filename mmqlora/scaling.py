@@ -192,11 +192,12 @@ def _slopes(x, y, n:int, seed:int) -> np.ndarray:
     return np.vstack([np.log(y), line + drawn]) @ solve.T[:, :-1]
 
 def flatness(fit:ScalingFit, axis:int=0, n:int=2000, seed:int=0) -> dict:
-    "Whether the loss 'falls', 'rises' or is 'flat' along an axis; its relative `change` over the sizes seen, with interval."
+    "Verdict along an axis: flat, rises, levels off, falls or unclear; and the relative `change` over all sizes, with interval."
     slopes = _slopes(fit.x, fit.y, n, seed)[:, axis]
     reach = np.ptp(np.log(fit.x[:, axis]))
     low, high = _interval(slopes[1:])
     exponent = fit.exponent_ci(axis)
-    falls = high < 0 and exponent[0] > .001 and fit.error < fit.constant_error
-    return dict(verdict="falls" if falls else "rises" if low > 0 else "flat", slope=float(slopes[0]), slope_ci95=[low, high], exponent_ci95=list(exponent),
-                change=float(np.expm1(slopes[0]*reach)), change_ci95=np.expm1([low*reach, high*reach]).tolist(), beats_constant=fit.error < fit.constant_error)
+    better = fit.error < fit.constant_error
+    verdict = "rises" if low > 0 else "flat" if high >= 0 else "levels off" if not better else "falls" if exponent[0] > .001 else "unclear"
+    return dict(verdict=verdict, slope=float(slopes[0]), slope_ci95=[low, high], exponent_ci95=list(exponent),
+                change=float(np.expm1(slopes[0]*reach)), change_ci95=np.expm1([low*reach, high*reach]).tolist(), beats_constant=better)

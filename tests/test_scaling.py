@@ -72,6 +72,13 @@ def test_an_axis_that_does_nothing_is_flat_beside_one_that_does():
     assert flatness(fit, 1)["verdict"] == "falls" and flatness(fit, 0)["verdict"] == "flat"
 
 
+def test_gains_that_the_largest_size_does_not_continue_level_off():
+    "Half of the loss gone at 64, and as bad at 128 as at 8: a law of the smaller sizes misleads, and the verdict says so."
+    losses = Law((1.5,), (.3,), .01)(SIZES); losses[-1] = losses[3]
+    flat = flatness(scaling_fit(SIZES, losses, n=20))
+    assert flat["verdict"] == "levels off" and not flat["beats_constant"] and flat["change_ci95"][1] < 0
+
+
 def test_a_loss_that_grows_rises():
     assert flatness(scaling_fit(SIZES, noisy(lambda x: .5*x**.1, SIZES, .01, 3, 4), n=20))["verdict"] == "rises"
 
