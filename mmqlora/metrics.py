@@ -68,6 +68,7 @@ def _tokenized(predictions, references, tokenizer:str) -> tuple[dict, dict]:
 # %% ../nbs/11_metrics.ipynb #bad54a7e
 def _meteor(said:dict, true:dict) -> tuple[float, np.ndarray]:
     need_java("METEOR")
+    true = {i: [r.replace("|||", "") for r in refs] for i, refs in true.items()}          # its own separator; the toolkit clears predictions only
     value, each = Meteor().compute_score(true, said)
     return value, np.array(each)
 
