@@ -97,7 +97,7 @@ def _row(model, modality:str, modules:dict) -> dict:
     return dict(modality=modality, modules=len(modules), adapted=sum(hasattr(m, "base_layer") for m in modules.values()) + len(blocks),
                 bits="/".join(map(str, sorted({bits_of(getattr(m, "base_layer", m)) for m in modules.values()}))),
                 rank=max((m.r["default"] for m in modules.values() if hasattr(m, "lora_A")), default=0), params=sum(rest),
-                base_bytes=sum(storage_bytes(getattr(m, "base_layer", m)) for m in modules.values()),
+                base_bytes=sum(storage_bytes(core := getattr(m, "base_layer", m)) - adapter_bytes(core) for m in modules.values()),
                 adapter_bytes=sum(p.numel()*p.element_size() for p in added.values()))
 
 def audit(model, ranks:dict|None=None) -> pd.DataFrame:
