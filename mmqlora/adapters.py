@@ -33,7 +33,7 @@ def tokens_per_frame(config) -> int:
 
 def _check_bits(model, method:str):
     bits = {bits_of(m) for modules in linears(model).values() for m in modules.values()}
-    if method in ("qlora", "qdora") and min(bits) >= 16:
+    if method in ("qlora", "qdora") and min(bits) >= 16 and not hasattr(model, "planned_bits"):
         raise InputError(f"method {method}", f"the model's linears have {sorted(bits)} bits, not 4 or 8", "load_model(..., quantization='nf4')")
     if method in ("full", "lora", "dora") and min(bits) < 16:
         raise InputError(f"method {method}", "the model is quantized", "load_model(..., quantization='none'), or use qlora or qdora")
