@@ -84,6 +84,7 @@ def adapt(
     audit(adapted, ranks)
     return adapted
 
+# %% ../nbs/08d_adapters.ipynb #96e6e258
 def _adapt_other(model, method, modalities, seed, width, length):
     if method == "ia3": return peft.get_peft_model(model.requires_grad_(False), ia3_config(model, modalities))
     if method == "bottleneck": add_bottlenecks(model, modalities, width, seed)

@@ -37,6 +37,7 @@ class Bottleneck(nn.Module):
         if self.clip: low = over_time(low, self.adapter_time, self.clip.frames)
         return y + F.linear(F.gelu(low), self.adapter_up, self.adapter_up_bias).to(y.dtype)
 
+# %% ../nbs/08b_bottleneck.ipynb #f0ba8dce
 def over_time(x:torch.Tensor, kernel:torch.Tensor, frames:int|None) -> torch.Tensor:
     "(B*K, P, w) -> the same: each patch and channel convolved over its K frames; clips do not mix."
     if x.ndim != 3 or not frames or len(x) % frames:
@@ -83,6 +84,17 @@ def _note_frames(clip:Clip):
         if pixels is not None: clip.frames = pixels.shape[1] if pixels.ndim == 5 else None
     return hook
 
+def _bottleneck_places(model, modality:str) -> list[tuple]:
+    "(module, width of what it carries, whether the block comes before it) for each block of a modality."
+    if modality == "fusion":
+        last = list(linears(model)["fusion"].values())[-1]
+        return [(last, last.out_features, False)]
+    places = [(layer, attention, mlp, _width_of(mlp)) for layer, attention, mlp in layers(model, modality).values()]
+    if not places: raise InputError(f"bottleneck: {modality}", "no layer with an attention and an MLP found")
+    if modality == "vision": return [(layer, dim, True) for layer, _, _, dim in places]
+    return [(host, dim, False) for _, attention, mlp, dim in places for host in (attention, mlp)]
+
+# %% ../nbs/08b_bottleneck.ipynb #2e4685c6
 def add_bottlenecks(
     model:nn.Module,        # A loaded model, quantized or not
     modalities,             # Which of vision, fusion and text
@@ -94,13 +106,6 @@ def add_bottlenecks(
     model.requires_grad_(False)
     clip, device = Clip(), next(model.parameters()).device
     for modality in modalities:
-        places = layers(model, modality)
-        if modality == "fusion":
-            last = list(linears(model)["fusion"].values())[-1]
-            _put(last, Bottleneck(last.out_features, width, device=device))
-        elif not places: raise InputError(f"bottleneck: {modality}", "no layer with an attention and an MLP found")
-        for layer, attention, mlp in places.values() if modality != "fusion" else []:
-            if modality == "vision": _put(layer, Bottleneck(_width_of(mlp), width, clip, device), before=True)
-            else: [_put(host, Bottleneck(_width_of(mlp), width, device=device)) for host in (attention, mlp)]
+        for host, dim, before in _bottleneck_places(model, modality): _put(host, Bottleneck(dim, width, clip if before else None, device), before)
     model.register_forward_pre_hook(_note_frames(clip), with_kwargs=True)
     return model

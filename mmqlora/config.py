@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Split', 'Selector', 'Method', 'Quantization', 'Allocation', 'Modality', 'Gate', 'GateSignal', 'LOW_RANK', 'Strict',
-           'RunConfig', 'Profile', 'CorpusConfig', 'FramesConfig', 'PretrainConfig', 'TuneConfig', 'Params', 'parse',
-           'read_yaml', 'load_params', 'active_profile', 'run_config']
+           'BudgetConfig', 'RunConfig', 'Profile', 'CorpusConfig', 'FramesConfig', 'PretrainConfig', 'TuneConfig',
+           'Params', 'parse', 'read_yaml', 'load_params', 'active_profile', 'run_config']
 
 # %% ../nbs/01_config.ipynb #56c8258d
 import difflib
@@ -33,8 +33,30 @@ class Strict(BaseModel):
     "A read-only model in which unknown keys are errors."
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+# %% ../nbs/01_config.ipynb #0fad6005
+class BudgetConfig(Strict):
+    "Sizes of the other methods, and how a budget of bytes is spread."
+    quantization: Quantization | None = None        # Of the base; None: as the method is defined
+    width: int = Field(16, ge=1)                    # Bottleneck adapters: width
+    prefix_length: int = Field(16, ge=1)            # Prefix tuning: learned keys and values per attention
+    allocation: Allocation = "uniform"              # How ranks (joint: and bits) are chosen under the budget
+    budget_rank: int | None = Field(None, ge=1)     # As many bytes as this rank on every adapted linear
+    budget_bytes: int | None = Field(None, ge=1)    # Bytes of adapters (joint: of linears and adapters)
+    calibration: int = Field(64, ge=1)              # Training clips that the allocation measures
+
+def _check_budget(run):
+    quantized = run.quantization not in (None, "none")
+    if run.method == "full" and quantized: raise ValueError("full fine-tuning needs quantization: none")
+    if run.method in ("lora", "dora") and quantized: raise ValueError(f"quantization {run.quantization} makes it method q{run.method}")
+    if run.method in ("qlora", "qdora") and run.quantization == "none": raise ValueError(f"quantization none makes it method {run.method[1:]}")
+    budget = run.budget_rank or run.budget_bytes
+    if (run.allocation != "uniform" or budget) and run.method not in LOW_RANK: raise ValueError(f"allocation and budget need one of {', '.join(LOW_RANK)}, not {run.method}")
+    if run.budget_rank and run.budget_bytes: raise ValueError("give budget_rank or budget_bytes, not both")
+    if run.allocation == "joint" and (run.method != "qlora" or run.quantization): raise ValueError("the joint allocation chooses the bits itself: it needs method qlora and no quantization")
+    if run.allocation == "prune" and "dora" in run.method: raise ValueError("pruning needs lora or qlora")
+
 # %% ../nbs/01_config.ipynb #26b2fded
-class RunConfig(Strict):
+class RunConfig(BudgetConfig):
     "Everything that defines one fine-tuning run."
     method: Method = "qlora"
     base: str = "models/base"                       # Folder of the base model, relative to the repository
@@ -50,13 +72,6 @@ class RunConfig(Strict):
     warmup: int = Field(20, ge=0)                   # Steps of linear warm-up before the cosine
     weight_decay: float = Field(0.01, ge=0)
     seeds: list[int] = Field([0], min_length=1)
-    quantization: Quantization | None = None        # Of the base; None: as the method is defined
-    width: int = Field(16, ge=1)                    # Bottleneck adapters: width
-    prefix_length: int = Field(16, ge=1)            # Prefix tuning: learned keys and values per attention
-    allocation: Allocation = "uniform"              # How ranks (joint: and bits) are chosen under the budget
-    budget_rank: int | None = Field(None, ge=1)     # As many bytes as this rank on every adapted linear
-    budget_bytes: int | None = Field(None, ge=1)    # Bytes of adapters (joint: of linears and adapters)
-    calibration: int = Field(64, ge=1)              # Training clips that the allocation measures
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -66,17 +81,6 @@ class RunConfig(Strict):
         if self.gate != "none" and self.method not in ("lora", "qlora"): raise ValueError(f"a gate needs lora or qlora, not {self.method}")
         _check_budget(self)
         return self
-
-def _check_budget(run:RunConfig):
-    quantized = run.quantization not in (None, "none")
-    if run.method == "full" and quantized: raise ValueError("full fine-tuning needs quantization: none")
-    if run.method in ("lora", "dora") and quantized: raise ValueError(f"quantization {run.quantization} makes it method q{run.method}")
-    if run.method in ("qlora", "qdora") and run.quantization == "none": raise ValueError(f"quantization none makes it method {run.method[1:]}")
-    budget = run.budget_rank or run.budget_bytes
-    if (run.allocation != "uniform" or budget) and run.method not in LOW_RANK: raise ValueError(f"allocation and budget need one of {', '.join(LOW_RANK)}, not {run.method}")
-    if run.budget_rank and run.budget_bytes: raise ValueError("give budget_rank or budget_bytes, not both")
-    if run.allocation == "joint" and (run.method != "qlora" or run.quantization): raise ValueError("the joint allocation chooses the bits itself: it needs method qlora and no quantization")
-    if run.allocation == "prune" and "dora" in run.method: raise ValueError("pruning needs lora or qlora")
 
 # %% ../nbs/01_config.ipynb #e6792d0f
 class Profile(Strict):

@@ -63,6 +63,7 @@ def _inputs(model, batches, rows:int) -> dict[str, torch.Tensor]:
     finally: [h.remove() for h in handles]
     return {n: torch.cat(x) for n, x in seen.items()}
 
+# %% ../nbs/08ca_joint.ipynb #a6b1527a
 @torch.no_grad()
 def output_error(model:nn.Module, batches, bits=BITS, rows:int=512) -> pd.DataFrame:
     "Per linear and bit width: relative error of the output on calibration inputs, bytes of the weights, really quantized."
@@ -102,6 +103,7 @@ class Solution:
     "The best choice under a budget, with its predicted bytes and loss."
     choice: dict; bytes: int; loss: float; budget: int
 
+# %% ../nbs/08ca_joint.ipynb #fc1ea406
 def solve(options:list[Option], budget:float, gap:float=1e-6) -> Solution:
     "Minimise the sum of losses with one option per group and at most `budget` bytes (HiGHS, to relative gap `gap`)."
     groups = {g: i for i, g in enumerate(dict.fromkeys(o.group for o in options))}
@@ -139,6 +141,7 @@ def options_for(
         found += [Option(("rank", name), r, r*cost, float(weights[1]*fisher[r:].sum()/total)) for r in sizes if r <= len(fisher)]
     return found + [Option(("frames",), k, int(b), float(weights[2]*missed)) for k, (missed, b) in (frames or {}).items()]
 
+# %% ../nbs/08ca_joint.ipynb #a9ebc1cc
 @dataclass(frozen=True)
 class Plan:
     "What the joint allocator decided: bits and rank per module, frames (None: not asked), bytes, predicted loss."

@@ -50,6 +50,7 @@ def _put(attention, query, out, length:int):
     query.register_forward_hook(note)
     out.register_forward_pre_hook(add)
 
+# %% ../nbs/08ba_prefix.ipynb #772effff
 def add_prefixes(
     model:nn.Module,        # A loaded model, quantized or not
     modalities,             # Which of them; those without attention (a linear connector) get nothing

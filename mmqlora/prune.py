@@ -66,6 +66,7 @@ def cut(layer, mask:torch.Tensor):
     for gates in (getattr(layer, "lora_gate_slope", {}), getattr(layer, "lora_gate_bias", {})):
         if "default" in gates and len(gates["default"]) == old: gates["default"] = nn.Parameter(gates["default"].detach()[mask])
 
+# %% ../nbs/08cb_prune.ipynb #731c1335
 class Pruner:
     "Prunes the adapter of a model to `budget` bytes of A and B while it trains: call it after each step, `finish` at the end."
     def __init__(self, model, optimizer, budget:int, steps:int, every:int=10, beta:float=.85):
