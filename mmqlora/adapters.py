@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .bottleneck import add_bottlenecks
+from .bottleneck import add_bottlenecks, bottleneck_bytes
 from .core import InputError, atomic_path, read_json, write_json
 from .model import bits_of, linears
-from .prefix import add_prefixes
+from .prefix import add_prefixes, prefix_bytes
 from .ranks import adapter_tensors, audit, rank_settings
 from .temporal import TemporalLoraConfig, wire_gates
 
@@ -94,14 +94,15 @@ def _adapt_other(model, method, modalities, seed, width, length):
 
 # %% ../nbs/08d_adapters.ipynb #371df55b
 def matching_size(
-    load,              # () -> a fresh model; it is adapted and thrown away
+    model:nn.Module,   # A loaded base, before `adapt`
     method:str,        # bottleneck or prefix
     ranks:dict,        # Where it sits
     budget:int,        # Bytes of adapters
 )->int:                # The width (prefix: the length) whose bytes are nearest to the budget
     "How wide a bottleneck or how long a prefix must be to cost `budget` bytes. Raises `InputError` if not even size 1 fits."
     if method not in ("bottleneck", "prefix"): raise InputError("matching_size", f"{method} has no width or length", "choose bottleneck or prefix")
-    one, two = (sum(p.numel()*p.element_size() for p in adapter_tensors(adapt(load(), method, ranks, width=n, prefix_length=n)).values()) for n in (1, 2))
+    cost = bottleneck_bytes if method == "bottleneck" else prefix_bytes
+    one, two = (cost(model, placed(model, ranks), n) for n in (1, 2))
     if budget < one: raise InputError("budget", f"{budget} bytes, the smallest {method} needs {one}")
     return 1 + round((budget - one)/(two - one))
 

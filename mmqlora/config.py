@@ -37,8 +37,8 @@ class Strict(BaseModel):
 class BudgetConfig(Strict):
     "Sizes of the other methods, and how a budget of bytes is spread."
     quantization: Quantization | None = None        # Of the base; None: as the method is defined
-    width: int = Field(16, ge=1)                    # Bottleneck adapters: width
-    prefix_length: int = Field(16, ge=1)            # Prefix tuning: learned keys and values per attention
+    width: int = Field(16, ge=1)                    # Bottleneck adapters: width, if no budget sets it
+    prefix_length: int = Field(16, ge=1)            # Prefix tuning: keys and values per attention, likewise
     allocation: Allocation = "uniform"              # How ranks (joint: and bits) are chosen under the budget
     budget_rank: int | None = Field(None, ge=1)     # As many bytes as this rank on every adapted linear
     budget_bytes: int | None = Field(None, ge=1)    # Bytes of adapters (joint: of linears and adapters)
@@ -50,7 +50,8 @@ def _check_budget(run):
     if run.method in ("lora", "dora") and quantized: raise ValueError(f"quantization {run.quantization} makes it method q{run.method}")
     if run.method in ("qlora", "qdora") and run.quantization == "none": raise ValueError(f"quantization none makes it method {run.method[1:]}")
     budget = run.budget_rank or run.budget_bytes
-    if (run.allocation != "uniform" or budget) and run.method not in LOW_RANK: raise ValueError(f"allocation and budget need one of {', '.join(LOW_RANK)}, not {run.method}")
+    if run.allocation != "uniform" and run.method not in LOW_RANK: raise ValueError(f"allocation needs one of {', '.join(LOW_RANK)}, not {run.method}")
+    if budget and run.method not in (*LOW_RANK, "bottleneck", "prefix"): raise ValueError(f"{run.method} has no size that a budget could set")
     if run.budget_rank and run.budget_bytes: raise ValueError("give budget_rank or budget_bytes, not both")
     if run.allocation == "joint" and (run.method != "qlora" or run.quantization): raise ValueError("the joint allocation chooses the bits itself: it needs method qlora and no quantization")
     if run.allocation == "prune" and "dora" in run.method: raise ValueError("pruning needs lora or qlora")

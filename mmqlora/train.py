@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['signal_scale', 'gate_signals', 'caption_loss', 'rows_of_step', 'rate_at', 'make_optimizer', 'trained_tensors',
            'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Trainer', 'fit', 'calibration_batches',
-           'chosen_ranks', 'build']
+           'chosen_ranks', 'chosen_sizes', 'build']
 
 # %% ../nbs/09_train.ipynb #d6da6057
 import json, math, time
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .adapters import QUANTIZATION, adapt, tokens_per_frame
+from .adapters import QUANTIZATION, adapt, matching_size, tokens_per_frame
 from .allocate import MEASURED, allocate, budget_of
 from .batch import ClipSet, caption_ids, collate
 from .config import LOW_RANK, RunConfig
@@ -27,7 +27,7 @@ from .core import InputError, atomic_path, code_version, content_hash, rng_for, 
 from .joint import apply_bits, options_for, plan, requantized
 from .model import linears, load_model
 from .prune import START, Pruner
-from .ranks import storage_bytes
+from .ranks import module_ranks, storage_bytes
 from .temporal import gated_layers, set_frame_signals
 
 # %% ../nbs/09_train.ipynb #60d49cf7
@@ -172,11 +172,13 @@ def calibration_batches(model, tokenizer, clips:ClipSet, captions:list[str], con
     parts = [collate(tokenizer, clips[r], [caption_ids(tokenizer, captions[i]) for i in r], tokens) for r in rows.split(config.batch_size)]
     return [{k: v.to(device) for k, v in batch.items()} for batch in parts]
 
+# %% ../nbs/09_train.ipynb #4ddb0167
 def chosen_ranks(model, config:RunConfig, batches=()) -> dict:
     "The ranks that `config` asks for, allocated if it says so. The joint allocation also gives `model` its bits."
     budgeted = config.budget_rank or config.budget_bytes
     if config.method not in LOW_RANK or (config.allocation == "uniform" and not budgeted): return config.ranks
     budget = budget_of(model, config.ranks, config.budget_rank, config.budget_bytes)
+    if "dora" in config.method: budget -= sum(4*model.get_submodule(n).out_features for n in module_ranks(model, config.ranks))   # magnitudes
     if config.allocation == "joint":
         if not batches: raise InputError("allocation joint", "needs calibration clips")
         if not config.budget_bytes: budget += sum(storage_bytes(requantized(m, "nf4")) for ms in linears(model).values() for m in ms.values())
@@ -186,6 +188,13 @@ def chosen_ranks(model, config:RunConfig, batches=()) -> dict:
     if config.allocation != "prune": return allocate(config.allocation, model, config.ranks, budget, batches)
     model.prune_to = budget                                              # the trainer's pruner reads it
     return allocate("uniform", model, config.ranks, int(START*budget))
+
+def chosen_sizes(model, config:RunConfig) -> dict:
+    "Width and prefix length for `adapt`: of the configuration, or what its budget pays for."
+    sizes = dict(width=config.width, prefix_length=config.prefix_length)
+    if config.method in LOW_RANK or not (config.budget_rank or config.budget_bytes): return sizes
+    budget = budget_of(model, config.ranks, config.budget_rank, config.budget_bytes)
+    return dict.fromkeys(sizes, matching_size(model, config.method, config.ranks, budget))
 
 # %% ../nbs/09_train.ipynb #eab1ed21
 def build(
@@ -200,7 +209,7 @@ def build(
     model, tokenizer = load_model(base, loaded, device=device)
     measured = calibration is not None and config.allocation in MEASURED
     batches = calibration_batches(model, tokenizer, *calibration, config, seed) if measured else ()
-    ranks = chosen_ranks(model, config, batches)
+    ranks, sizes = chosen_ranks(model, config, batches), chosen_sizes(model, config)
     model = adapt(model, config.method, ranks, config.alpha_over_rank, config.gate, seed=seed_for(seed, "adapter") % 2**31,
-                  width=config.width, prefix_length=config.prefix_length)
+                  **sizes)
     return model, tokenizer
