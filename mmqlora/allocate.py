@@ -57,6 +57,7 @@ def measure(
     trained = [p for p in model.parameters() if p.requires_grad]
     training = model.training
     model.eval().requires_grad_(False)
+    for n in watches: model.get_submodule(n).train()                     # in eval, bitsandbytes repacks 4-bit weights for some CPUs
     try:
         for batch in batches:
             for w in watches.values(): w.clips = len(batch["input_ids"])

@@ -63,7 +63,7 @@ def _inputs(model, batches, rows:int) -> dict[str, torch.Tensor]:
     finally: [h.remove() for h in handles]
     return {n: torch.cat(x) for n, x in seen.items()}
 
-# %% ../nbs/08ca_joint.ipynb #a6b1527a
+# %% ../nbs/08ca_joint.ipynb #8ed99c5b
 @torch.no_grad()
 def output_error(model:nn.Module, batches, bits=BITS, rows:int=512) -> pd.DataFrame:
     "Per linear and bit width: relative error of the output on calibration inputs, bytes of the weights, really quantized."
@@ -76,7 +76,7 @@ def output_error(model:nn.Module, batches, bits=BITS, rows:int=512) -> pd.DataFr
             x = seen[name]
             right = F.linear(x, linear.weight)
             for b in bits:
-                new = requantized(linear, b).eval()
+                new = requantized(linear, b).train()                     # in eval, bitsandbytes repacks 4-bit weights for some CPUs
                 wrong = new(x) if linear.bias is None else new(x) - linear.bias
                 table.append(dict(modality=modality, module=name, bits=b, bytes=storage_bytes(new), error=float((wrong - right).norm()/right.norm())))
     return pd.DataFrame(table)
@@ -103,7 +103,7 @@ class Solution:
     "The best choice under a budget, with its predicted bytes and loss."
     choice: dict; bytes: int; loss: float; budget: int
 
-# %% ../nbs/08ca_joint.ipynb #fc1ea406
+# %% ../nbs/08ca_joint.ipynb #bb73dc42
 def solve(options:list[Option], budget:float, gap:float=1e-6) -> Solution:
     "Minimise the sum of losses with one option per group and at most `budget` bytes (HiGHS, to relative gap `gap`)."
     groups = {g: i for i, g in enumerate(dict.fromkeys(o.group for o in options))}
@@ -112,10 +112,15 @@ def solve(options:list[Option], budget:float, gap:float=1e-6) -> Solution:
     n = len(options)
     one = csr_array((np.ones(n), ([groups[o.group] for o in options], range(n))))
     cost = np.array([o.bytes for o in options])/budget                   # of order 1, for the solver's tolerances
-    found = milp([o.loss for o in options], integrality=np.ones(n), bounds=Bounds(0, 1), options={"mip_rel_gap": gap},
-                 constraints=[LinearConstraint(one, 1, 1), LinearConstraint(cost[None], ub=1)])
-    if not found.success: raise InputError("budget", f"no solution ({found.message})")
-    taken = [o for o, x in zip(options, found.x) if x > .5]
+    limit = budget
+    while True:
+        found = milp([o.loss for o in options], integrality=np.ones(n), bounds=Bounds(0, 1), options={"mip_rel_gap": gap},
+                     constraints=[LinearConstraint(one, 1, 1), LinearConstraint(cost[None], ub=limit/budget)])
+        if not found.success: raise InputError("budget", f"no solution ({found.message})")
+        taken = [o for o, x in zip(options, found.x) if x > .5]
+        over = sum(o.bytes for o in taken) - budget                      # the solver's tolerance may be worth a few bytes
+        if over <= 0: break
+        limit -= over
     return Solution({o.group: o.choice for o in taken}, sum(o.bytes for o in taken), sum(o.loss for o in taken), int(budget))
 
 # %% ../nbs/08ca_joint.ipynb #0115c13f
@@ -141,7 +146,7 @@ def options_for(
         found += [Option(("rank", name), r, r*cost, float(weights[1]*fisher[r:].sum()/total)) for r in sizes if r <= len(fisher)]
     return found + [Option(("frames",), k, int(b), float(weights[2]*missed)) for k, (missed, b) in (frames or {}).items()]
 
-# %% ../nbs/08ca_joint.ipynb #a9ebc1cc
+# %% ../nbs/08ca_joint.ipynb #be2df4ab
 @dataclass(frozen=True)
 class Plan:
     "What the joint allocator decided: bits and rank per module, frames (None: not asked), bytes, predicted loss."
