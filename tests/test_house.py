@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, closure, code_cells, imported, notebooks, rooms
 
-DATA, MODELS = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "signals", "frames", "batch", "prepare"), ("model", "temporal", "ranks", "adapters")
+DATA = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "signals", "frames", "batch", "prepare")
+MODELS = ("model", "temporal", "ranks", "bottleneck", "prefix", "allocate", "joint", "prune", "adapters")
 EXPERIMENTS = sorted((ROOT/"nbs/experiments").glob("*.ipynb"))
 
 
