@@ -67,7 +67,7 @@ class CorpusConfig(Strict):
     name: str
     root: str
     seed: int = 0
-    clips: dict[Split, int]                         # Clips generated per split
+    clips: dict[Split, int] = {}                    # Clips generated per split; none of an imported corpus
 
 class FramesConfig(Strict):
     "Frame selection: which budget, which size, which selectors are prepared."
