@@ -6,7 +6,7 @@
 __all__ = ['VATEX_ID', 'VIDEO_SUFFIXES', 'FORMATS', 'Place', 'Entry', 'msrvtt', 'activitynet', 'vatex', 'lsmdc', 'msrvtt_qa',
            'ego4d_nlq', 'howto100m', 'Problem', 'Format', 'import_corpus']
 
-# %% ../nbs/03a_importers.ipynb #b8b27bb8
+# %% ../nbs/03a_importers.ipynb #212790f4
 import csv, json, os, re, shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import InputError, file_hash, read_json, write_json, write_text
 from .corpus import ClipRecord, Question, read_records, write_records
 from .video import video_info
 
-# %% ../nbs/03a_importers.ipynb #219cc4e2
+# %% ../nbs/03a_importers.ipynb #42609c0e
 class Place(NamedTuple):
     "A video file, by its name without folder and extension, and the span of the clip in it (seconds; None: its end)."
     stem: str
@@ -36,6 +36,7 @@ class Entry(NamedTuple):
     gallery: str | None = None
     truth: dict = {}
 
+# %% ../nbs/03a_importers.ipynb #a9c6f8a3
 def _files(paths, *patterns) -> list[Path]:
     "Annotation files among `paths` (files, or folders that are searched) whose names match a pattern, in order of the patterns."
     found = []
@@ -59,7 +60,7 @@ def _shaped(where, data, kind:type, *keys):
         raise InputError(where, f"not in this corpus's format ({'no ' + ', '.join(missing) if missing else f'expected a {kind.__name__}'})")
     return data
 
-# %% ../nbs/03a_importers.ipynb #990b616e
+# %% ../nbs/03a_importers.ipynb #14010f9c
 def _csv(path, *columns) -> list[dict]:
     "Rows of a csv file with a header. Raises `InputError` where a column is missing."
     with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
@@ -88,7 +89,7 @@ def msrvtt(paths) -> list[Entry]:
     return [Entry(v, split, [Place(v)], {"en": list(dict.fromkeys(captions[v]))}, gallery=f"msrvtt-{split}" if split != "train" else None)
             for v, split in splits.items()]
 
-# %% ../nbs/03a_importers.ipynb #47492797
+# %% ../nbs/03a_importers.ipynb #049b8068
 def activitynet(paths) -> list[Entry]:
     "ActivityNet Captions (Krishna et al., ICCV 2017)."
     entries = []
@@ -102,7 +103,7 @@ def activitynet(paths) -> list[Entry]:
                                      {"en": [text.strip()]}, gallery=f"activitynet-{split}" if split != "train" else None))
     return entries
 
-# %% ../nbs/03a_importers.ipynb #4f323f9d
+# %% ../nbs/03a_importers.ipynb #7347218f
 VATEX_ID = re.compile(r"^(.+)_(\d{6})_(\d{6})$")
 
 def vatex(paths) -> list[Entry]:
@@ -117,7 +118,7 @@ def vatex(paths) -> list[Entry]:
             entries.append(Entry(name, split, places, captions, gallery=f"vatex-{split}" if split != "train" else None))
     return entries
 
-# %% ../nbs/03a_importers.ipynb #c1caea19
+# %% ../nbs/03a_importers.ipynb #de79b0f5
 def _film_seconds(time:str) -> float:
     "`01.02.03.500` -> 3723.5"
     h, m, s, ms = time.strip().split(".")
@@ -144,7 +145,7 @@ def lsmdc(paths) -> list[Entry]:
             if sentence and sentence not in entry.captions["en"]: entry.captions["en"].append(sentence)
     return list(entries.values())
 
-# %% ../nbs/03a_importers.ipynb #ec9780e8
+# %% ../nbs/03a_importers.ipynb #9a69f7a5
 def msrvtt_qa(paths) -> list[Entry]:
     "MSRVTT-QA (Xu et al., ACM MM 2017): one clip per video, with its questions."
     entries = {}
@@ -158,7 +159,7 @@ def msrvtt_qa(paths) -> list[Entry]:
                                         question=asked["question"], answer=str(asked["answer"])))
     return list(entries.values())
 
-# %% ../nbs/03a_importers.ipynb #3e0931d0
+# %% ../nbs/03a_importers.ipynb #34ee0d54
 def _nlq_questions(clip) -> tuple[list, int]:
     "(questions, number of queries without a window) of a clip of Ego4D NLQ."
     asked = [q for a in clip.get("annotations", []) for q in a["language_queries"]]
@@ -180,7 +181,7 @@ def ego4d_nlq(paths) -> list[Entry]:
                                      truth=dict(queries_without_window=lost) if lost else {}))
     return entries
 
-# %% ../nbs/03a_importers.ipynb #b854dec6
+# %% ../nbs/03a_importers.ipynb #aa67ace1
 def howto100m(paths) -> list[Entry]:
     "HowTo100M (Miech et al., ICCV 2019): narration, one clip per subtitle."
     told = {}
@@ -194,7 +195,7 @@ def howto100m(paths) -> list[Entry]:
     return [Entry(f"{video}-{i:04d}", "train", [Place(video, float(start), float(end))], {"en": [str(text).strip()]})
             for video, t in told.items() for i, (start, end, text) in enumerate(zip(t["start"], t["end"], t["text"]))]
 
-# %% ../nbs/03a_importers.ipynb #da0cb9ba
+# %% ../nbs/03a_importers.ipynb #3e49e596
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif", ".ts", ".ogv"}
 
 def _video_files(folder) -> dict[str, Path]:
@@ -223,7 +224,7 @@ class _Finder:
         if isinstance(self.seen[path], InputError): raise self.seen[path]
         return self.seen[path]
 
-# %% ../nbs/03a_importers.ipynb #5a625174
+# %% ../nbs/03a_importers.ipynb #58b50cf3
 def _check(finder:_Finder, entry:Entry) -> tuple[Place, Path, bool] | Problem:
     "(place, file, whether the end was clamped) of a usable entry, else its problem."
     def problem(kind, detail=""): return Problem(entry.id, entry.split, entry.places[0].stem, kind, detail)
@@ -254,7 +255,7 @@ def _bring(path:Path, videos:Path, out:Path) -> str:
         except OSError: shutil.copy2(path, target)
     return str(target.relative_to(out))
 
-# %% ../nbs/03a_importers.ipynb #5215625a
+# %% ../nbs/03a_importers.ipynb #4a2519aa
 class Format(NamedTuple):
     "A corpus that can be imported."
     read: Callable
@@ -278,7 +279,7 @@ FORMATS = {
                         "www.di.ens.fr/willow/research/howto100m"),
 }
 
-# %% ../nbs/03a_importers.ipynb #956dcab0
+# %% ../nbs/03a_importers.ipynb #71ae022d
 def _shared(records) -> dict:
     "Numbers of videos that two splits have in common."
     videos = defaultdict(set)
@@ -296,7 +297,18 @@ def _report(name, paths, entries, records, problems, clamped) -> dict:
                 problems=dict(kinds), missing_videos=len({p.video for p in problems if p.problem == "missing"}),
                 clamped=clamped, queries_without_window=lost, videos_in_two_splits=_shared(records), listed_in="problems.jsonl")
 
-# %% ../nbs/03a_importers.ipynb #672fcdcb
+# %% ../nbs/03a_importers.ipynb #ce2eea59
+def _usable(entries, videos:Path, out:Path, min_seconds:float, label:str) -> tuple[list, list, int]:
+    "(records, problems, number of clamped spans); the videos of the records are brought below `out`."
+    finder, records, problems, clamped = _Finder(videos, min_seconds), [], [], 0
+    for entry in tqdm(entries, desc=label, unit="clip", mininterval=5):
+        found = _check(finder, entry)
+        if isinstance(found, Problem): problems.append(found); continue
+        place, path, cut = found
+        records.append(_record(entry, place, str(path.relative_to(out)) if out == videos else _bring(path, videos, out)))
+        clamped += cut
+    return records, problems, clamped
+
 def import_corpus(
     name:str,              # Key of FORMATS
     annotations,           # Files, or folders that hold them
@@ -307,17 +319,10 @@ def import_corpus(
     "Write `records.jsonl`, `report.json` and `problems.jsonl`. Raises `InputError` if no clip could be used."
     if name not in FORMATS: raise InputError("corpus", f"unknown format '{name}'", _nearest(name, FORMATS))
     paths, videos = [Path(a) for a in annotations], Path(videos).absolute()
-    entries, finder, out = FORMATS[name].read(paths), _Finder(videos, min_seconds), Path(out or videos).absolute()
+    entries, out = FORMATS[name].read(paths), Path(out or videos).absolute()
     if not entries: raise InputError(paths[0], f"holds no annotations of {FORMATS[name].title}", f"looked for {FORMATS[name].files}")
-    records, problems, clamped = [], [], 0
-    for entry in tqdm(entries, desc=name, unit="clip", mininterval=5):
-        found = _check(finder, entry)
-        if isinstance(found, Problem): problems.append(found); continue
-        place, path, cut = found
-        records.append(_record(entry, place, str(path.relative_to(out)) if out == videos else _bring(path, videos, out)))
-        clamped += cut
-    files = [p for a in paths for p in ([a] if a.is_file() else sorted(a.rglob("*"))) if p.suffix in (".json", ".csv") and p.is_file()]
-    report = _report(name, [f for f in files if f.parent != out], entries, records, problems, clamped)
+    records, problems, clamped = _usable(entries, videos, out, min_seconds, name)
+    report = _report(name, [f for f in _files(paths, r"\.(json|csv)$") if f.parent != out], entries, records, problems, clamped)
     write_text(out/"problems.jsonl", "".join(json.dumps(p._asdict(), ensure_ascii=False) + "\n" for p in problems))
     write_json(out/"report.json", report)
     if not records: raise InputError(out/"problems.jsonl", f"none of {len(entries)} clips could be used: {', '.join(f'{n} {k}' for k, n in report['problems'].items())}")

@@ -44,7 +44,7 @@ def _video_stream(container, path):
     if not stream.codec_context: raise InputError(_name(path), "its codec is not known here")
     return stream
 
-# %% ../nbs/03_video.ipynb #664690d1
+# %% ../nbs/03_video.ipynb #27ac54f7
 class VideoInfo(NamedTuple):
     "What a file holds: length in seconds, pixels, frames a second (0: unknown), whether there is sound."
     seconds: float
@@ -73,7 +73,7 @@ def video_info(path) -> VideoInfo:
         width, height = (first.height, first.width) if round(first.rotation/90) % 2 else (first.width, first.height)
         return VideoInfo(seconds, width, height, float(stream.average_rate or 0), bool(container.streams.audio))
 
-# %% ../nbs/03_video.ipynb #6cb45f7e
+# %% ../nbs/03_video.ipynb #c56b07b6
 def _scaler(size:int):
     "frame -> (size, size, 3) uint8 RGB, upright."
     reformatter = VideoReformatter()
@@ -92,6 +92,7 @@ def _timed(container, stream):
         time = float((stamp - origin)*stream.time_base) if stamp is not None else 0. if time is None else time + step
         yield time, frame
 
+# %% ../nbs/03_video.ipynb #f03dfaa8
 def _seek(container, stream, time:float):
     "Go to the last keyframe at or before `time`; the start where a container cannot be searched."
     origin = stream.start_time or 0
@@ -128,7 +129,7 @@ def _pyav(path, size:int, start:float, end:float|None, fps:float|None):
     if last is not None and start < seconds and until - last > max(.5, .1*seconds):
         raise InputError(_name(path), f"truncated: frames end at {last:.2f} s of {seconds:.2f} s", "get the file again")
 
-# %% ../nbs/03_video.ipynb #12c38953
+# %% ../nbs/03_video.ipynb #6418ac6f
 def torchcodec_problem() -> str | None:
     "Why torchcodec cannot be used here, in a line; `None` if it can."
     try:
@@ -158,7 +159,7 @@ def _torchcodec(path, size:int, start:float, end:float|None, fps:float|None):
 
 BACKENDS = {"pyav": _pyav, "torchcodec": _torchcodec}
 
-# %% ../nbs/03_video.ipynb #c1493e85
+# %% ../nbs/03_video.ipynb #8c2173ef
 def read_clip(
     path,                  # Video file
     size:int=32,           # Pixels a side; the picture is scaled to a square
@@ -175,7 +176,7 @@ def read_clip(
     times, frames = zip(*decoded)
     return Clip(np.stack(frames), np.array(times))
 
-# %% ../nbs/03_video.ipynb #2e12399a
+# %% ../nbs/03_video.ipynb #8cbfe268
 class Picked(NamedTuple):
     "Frames (K, size, size, 3) uint8 RGB at chosen instants, their times (K,), and how many frames were decoded for that."
     frames: np.ndarray
@@ -205,7 +206,7 @@ class _Cursor:
         while self.next and (self.shown is None or self.next[0] <= time + 1e-6): self._advance()
         return self.shown
 
-# %% ../nbs/03_video.ipynb #f9c734fb
+# %% ../nbs/03_video.ipynb #476af198
 def read_frames(
     path,           # Video file
     times,          # (K,) increasing seconds
