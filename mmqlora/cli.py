@@ -81,7 +81,7 @@ def caption(videos: Annotated[list[Path], typer.Argument(help="Video files.")],
             base: Annotated[Path, typer.Option(help="Folder of the base model.")] = Path("models/base"),
             adapter: Annotated[Path | None, typer.Option(help="Folder of a trained adapter (save_pretrained).")] = None,
             frames: Annotated[int, typer.Option(min=1, help="Frames the model sees of each video.")] = 8,
-            selector: Annotated[str, typer.Option(help="uniform, random, motion or entropy.")] = "entropy"):
+            selector: Annotated[str, typer.Option(help="uniform, random, motion, entropy, change, sound, scene, mixture or cover.")] = "entropy"):
     "Caption video files with the base model, or with an adapter on it."
     from mmqlora.predict import write_captions
     from mmqlora.prepare import load_videos
@@ -90,7 +90,7 @@ def caption(videos: Annotated[list[Path], typer.Argument(help="Video files.")],
     model, tokenizer = load(base, adapter)
     for path, text in zip(videos, write_captions(model, tokenizer, clips)): console.print(f"{path}: {text}", markup=False)
 
-# %% ../nbs/15_cli.ipynb #1d62e1c9
+# %% ../nbs/15_cli.ipynb #8c54782f
 IMPORT_HELP = """Import a corpus: its own annotation files and a folder of videos become records.jsonl, report.json and problems.jsonl.
 
 Videos are hard-linked (or copied) into OUT/videos, or stay where they are with --in-place. Then `dvc add data`, set `corpus.name`
@@ -105,7 +105,7 @@ class ImportHelp(typer.core.TyperCommand):
         self.help = IMPORT_HELP + "\n\n".join(f"{name}: {f.title}. {f.files}. From {f.source}." for name, f in FORMATS.items())
         super().format_help(ctx, formatter)
 
-# %% ../nbs/15_cli.ipynb #a2264134
+# %% ../nbs/15_cli.ipynb #78014121
 def import_(name: Annotated[str, typer.Argument(metavar="FORMAT", help="Which corpus; see above.")],
             annotations: Annotated[list[Path], typer.Option(help="Annotation file, or folder of them; may be repeated.")],
             videos: Annotated[Path, typer.Option(help="Folder of videos, searched with its subfolders.")],

@@ -19,7 +19,7 @@ from .core import InputError, repo_path
 
 # %% ../nbs/01_config.ipynb #11adeec9
 Split = Literal["train", "dev", "test", "ood"]
-Selector = Literal["uniform", "random", "motion", "entropy"]
+Selector = Literal["uniform", "random", "motion", "entropy", "change", "sound", "scene", "mixture", "cover"]
 Method = Literal["frozen", "full", "lora", "qlora"]
 Modality = Literal["vision", "fusion", "text"]
 Gate = Literal["none", "scalar", "rank"]
@@ -76,6 +76,8 @@ class FramesConfig(Strict):
     selectors: list[Selector]
     floor: float = Field(.35, ge=0, le=1)           # Share of the budget spread evenly, whatever the signal
     seed: int = 0
+    fps: float | None = Field(None, gt=0)           # At most so many frames a second are looked at; None: all
+    on_error: Literal["raise", "skip"] = "raise"    # A clip that cannot be read: stop, or leave it out and report it
 
 # %% ../nbs/01_config.ipynb #3bfe41b6
 class PretrainConfig(Strict):

@@ -18,18 +18,20 @@ from tqdm.auto import tqdm
 
 from .batch import ClipSet
 from .config import FramesConfig, parse
-from .core import InputError
+from .core import InputError, write_json
 from .corpus import ClipRecord, video_path
 from .frames import coverage, interval_sum, select_frames
-from .signals import audio_energy, block_change, change_entropy, motion_energy
+from .signals import audio_energy, frame_signals, scene_cuts
 from .video import read_audio, read_clip
 
 # %% ../nbs/06a_prepare.ipynb #d6fe54d0
-def measure(path, size:int=32, start:float=0., end:float|None=None) -> tuple:
-    "Decode a span and measure it: (`Clip`, {signal name: (T,)})."
-    clip = read_clip(path, size, start, end)
-    change = block_change(clip.frames)
-    return clip, {"motion": motion_energy(change), "entropy": change_entropy(change)}
+def measure(path, size:int=32, start:float=0., end:float|None=None, selectors=(), fps:float|None=None) -> tuple:
+    "Decode a span and measure it: (`Clip`, {signal name: (T,)}); cuts and sound only where one of `selectors` follows them."
+    clip = read_clip(path, size, start, end, fps)
+    signals, n = frame_signals(clip.frames), len(clip.frames)
+    if "scene" in selectors: signals["cuts"] = scene_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]) if n > 1 else 25.)
+    if {"sound", "mixture"} & set(selectors): signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
+    return clip, signals
 
 def choose(clip, signals:dict, selector:str, config:FramesConfig, name:str="") -> tuple:
     "The frames that `selector` chooses: pixels (K, 3, S, S), position (K,), gate signals (K, 2), indices (K,)."
@@ -42,18 +44,34 @@ def choose(clip, signals:dict, selector:str, config:FramesConfig, name:str="") -
 
 def _prepare_clip(root, config:FramesConfig, record:ClipRecord) -> dict:
     torch.set_num_threads(1)
-    clip, signals = measure(video_path(root, record), config.size, record.start, record.end)
+    clip, signals = measure(video_path(root, record), config.size, record.start, record.end, config.selectors, config.fps)
     return {s: choose(clip, signals, s, config, record.id) for s in config.selectors}
 
 # %% ../nbs/06a_prepare.ipynb #c6190fbf
 def _stack(chosen:list[tuple]) -> ClipSet:
     return ClipSet(*(torch.from_numpy(np.stack(part)) for part in list(zip(*chosen))[:3]))
 
-def prepare(root, records:list[ClipRecord], config:FramesConfig, workers:int=2, label:str="decoding") -> tuple:
-    "({selector: ClipSet}, {selector: (N, K) frame indices}) of all records, in their order."
+def _or_error(work, record:ClipRecord):
+    try: return work(record)
+    except InputError as err: return err
+
+def _usable(records:list, clips:list, report) -> list:
+    "The clips that could be read; what could not goes to the file `report`. Raises `InputError` if there is none, or no such file."
+    bad = [dict(id=r.id, video=r.video, problem=str(c)) for r, c in zip(records, clips) if isinstance(c, InputError)]
+    if not report: raise InputError("frames.on_error", "skip needs a report file", "prepare(..., report=path)")
+    write_json(report, dict(asked=len(records), skipped=bad, kept=[r.id for r, c in zip(records, clips) if not isinstance(c, InputError)]))
+    if len(bad) == len(records): raise InputError(report, f"none of {len(records)} clips could be read, first {bad[0]['problem']}")
+    return [c for c in clips if not isinstance(c, InputError)]
+
+def prepare(root, records:list[ClipRecord], config:FramesConfig, workers:int=2, label:str="decoding", report=None) -> tuple:
+    """({selector: ClipSet}, {selector: (N, K) frame indices}) of all records, in their order. A clip that cannot be read raises, or with
+    `on_error: skip` is left out and listed in the file `report`, which also names the clips that were kept."""
+    work, clips = partial(_or_error, partial(_prepare_clip, str(root), config)), []
     with ProcessPoolExecutor(workers) as pool:
-        clips = list(tqdm(pool.map(partial(_prepare_clip, str(root), config), records, chunksize=16), total=len(records),
-                          desc=label, unit="clip", mininterval=5))
+        for clip in tqdm(pool.map(work, records, chunksize=16), total=len(records), desc=label, unit="clip", mininterval=5):
+            if isinstance(clip, InputError) and config.on_error == "raise": raise clip
+            clips.append(clip)
+    if config.on_error == "skip": clips = _usable(records, clips, report)
     sets = {s: _stack([c[s] for c in clips]) for s in config.selectors}
     return sets, {s: np.stack([c[s][3] for c in clips]) for s in config.selectors}
 
@@ -62,7 +80,7 @@ def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> Cli
     paths = [Path(p) for p in paths]
     if not paths: raise InputError("paths", "no video files given")
     config = parse(FramesConfig, dict(budget=frames, size=size, selectors=[selector]), "load_videos")
-    return _stack([choose(*measure(p, size), selector, config, p.name) for p in paths])
+    return _stack([choose(*measure(p, size, selectors=config.selectors), selector, config, p.name) for p in paths])
 
 # %% ../nbs/06a_prepare.ipynb #d3de5997
 def split_statistics(records:list[ClipRecord]) -> dict:
@@ -77,22 +95,24 @@ def mean_coverage(records:list[ClipRecord], root, config:FramesConfig, budgets=(
     "selector -> {K: share of true events with a chosen frame inside}, over `records`."
     table = {s: {str(k): [] for k in budgets} for s in config.selectors}
     for record in records:
-        clip, signals = measure(video_path(root, record), config.size, record.start, record.end)
+        if not record.truth.get("events"): continue                            # an imported clip: nobody knows when what happens
+        clip, signals = measure(video_path(root, record), config.size, record.start, record.end, config.selectors, config.fps)
         for s in config.selectors:
             for k in budgets:
                 index = select_frames(s, signals, len(clip.frames), k, config.floor, config.seed, record.id)
                 table[s][str(k)].append(coverage(index, record.truth["events"]))
-    return {s: {k: float(np.mean(v)) for k, v in row.items()} for s, row in table.items()}
+    return {s: {k: float(np.mean(v)) for k, v in row.items() if v} for s, row in table.items()}
 
 # %% ../nbs/06a_prepare.ipynb #96a31970
 def selection_example(record:ClipRecord, root, config:FramesConfig) -> dict:
     "Signals, events and chosen frames of one clip, for a figure."
     path = video_path(root, record)
-    clip, signals = measure(path, config.size)
-    sound = audio_energy(read_audio(path), len(clip.frames))
+    clip, signals = measure(path, config.size, record.start, record.end, config.selectors)
+    sound = audio_energy(read_audio(path, start=record.start, end=record.end), len(clip.frames))
     chosen = {s: choose(clip, signals, s, config, record.id)[3].tolist() for s in config.selectors}
     return dict(clip=record.id, caption=record.captions["en"][0], seconds=clip.times.tolist(), audio=sound.tolist(),
-                **{k: v.tolist() for k, v in signals.items()}, events=record.truth["events"], cuts=record.truth["cuts"], chosen=chosen)
+                **{k: signals[k].tolist() for k in ("motion", "entropy", "change")}, events=record.truth.get("events", []),
+                cuts=record.truth.get("cuts", []), chosen=chosen)
 
 def contact_sheet(records:list[ClipRecord], root, columns:int=12, size:int=64) -> np.ndarray:
     "One row of `columns` evenly spaced frames per clip: (rows * size, columns * size, 3) uint8."
