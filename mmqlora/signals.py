@@ -36,11 +36,17 @@ def block_change(frames:np.ndarray, # (T, H, W, 3) uint8
     total = blocks[..., 0].astype(np.uint16) + blocks[..., 1] + blocks[..., 2]
     grey = total.astype(np.float32)/np.float32(3)
     change = np.zeros_like(grey)
-    change[1:] = abs(np.diff(grey, axis=0))
+    np.abs(np.subtract(grey[1:], grey[:-1], out=change[1:]), out=change[1:])
     change = (_sum_blocks(change)/np.float32(blocks.shape[2]*blocks.shape[4])).reshape(len(grey), grid*grid)
     return change if before is None else change[1:]
 
 # %% ../nbs/04_signals.ipynb #0c55d60f
+def _histogram_entropy(level:np.ndarray, bins:int) -> np.ndarray:
+    "(T, n) integers in [0, bins) -> (T,) entropy of each row's histogram, bits."
+    rows = level + np.arange(len(level))[:, None]*bins
+    share = np.bincount(rows.ravel(), minlength=len(level)*bins).reshape(len(level), bins)/level.shape[1]
+    return -(share*np.log2(np.where(share > 0, share, 1))).sum(1)
+
 def motion_energy(change:np.ndarray) -> np.ndarray:
     "(T, blocks) block change -> (T,) mean change above the clip's median, grey levels."
     energy = change.mean(1)
@@ -48,12 +54,10 @@ def motion_energy(change:np.ndarray) -> np.ndarray:
 
 def change_entropy(change:np.ndarray, step:float=4., bins:int=16) -> np.ndarray:
     "(T, blocks) block change -> (T,) entropy in bits of its histogram (bins `step` grey levels wide), above the clip's median."
-    level = np.minimum((change/step).astype(int), bins - 1)
-    share = np.stack([(level == b).mean(1) for b in range(bins)], 1)
-    entropy = -(share*np.log2(np.where(share > 0, share, 1))).sum(1)
+    entropy = _histogram_entropy(np.minimum((change/step).astype(int), bins - 1), bins)
     return np.maximum(entropy - np.median(entropy), 0).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #88b61cbf
+# %% ../nbs/04_signals.ipynb #a482d72b
 def block_colors(frames:np.ndarray, grid:int=8) -> np.ndarray:
     "(T, H, W, 3) uint8 -> (T, grid * grid, 3) float32: the mean colour of each block."
     blocks = _blocks(frames, grid)
@@ -68,7 +72,7 @@ def change_mass(colors:np.ndarray, above:float=3., least:float=.3) -> np.ndarray
     usual = np.median(step, axis=0) + least
     return np.log1p(np.concatenate([[0.], np.maximum(step/usual - above, 0).sum(1)])).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #cf348be1
+# %% ../nbs/04_signals.ipynb #020b465e
 class SignalStream:
     "Signals of frames that arrive in pieces."
     def __init__(self, grid:int=8): self.grid, self.last, self.change, self.colors = grid, None, [], []
@@ -88,15 +92,13 @@ def frame_signals(frames:np.ndarray, piece:int=64) -> dict:
     for i in range(0, len(frames), piece): stream.add(frames[i:i + piece])
     return stream.signals()
 
-# %% ../nbs/04_signals.ipynb #c5506dd1
+# %% ../nbs/04_signals.ipynb #98212701
 def spatial_entropy(frames:np.ndarray, bins:int=32) -> np.ndarray:
     "(T, H, W, 3) uint8 -> (T,) entropy in bits of each frame's grey histogram; at most log2(bins)."
     grey = frames.sum(3, dtype=np.int32).reshape(len(frames), -1)*bins//766
-    counts = np.bincount((grey + np.arange(len(frames))[:, None]*bins).ravel(), minlength=len(frames)*bins).reshape(len(frames), bins)
-    share = counts/grey.shape[1]
-    return -(share*np.log2(np.where(share > 0, share, 1))).sum(1).astype(np.float32)
+    return _histogram_entropy(grey, bins).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #df4a84e5
+# %% ../nbs/04_signals.ipynb #55b47808
 def scene_cuts(
     frames:np.ndarray,     # (T, H, W, 3) uint8 RGB
     fps:float=25.,         # Frames a second

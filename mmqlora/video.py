@@ -44,7 +44,7 @@ def _video_stream(container, path):
     if not stream.codec_context: raise InputError(_name(path), "its codec is not known here")
     return stream
 
-# %% ../nbs/03_video.ipynb #5f281c14
+# %% ../nbs/03_video.ipynb #287b3e65
 class VideoInfo(NamedTuple):
     "What a file holds: length in seconds, pixels, frames a second (0: unknown), whether there is sound."
     seconds: float
@@ -73,14 +73,14 @@ def video_info(path) -> VideoInfo:
         width, height = (first.height, first.width) if round(first.rotation/90) % 2 else (first.width, first.height)
         return VideoInfo(seconds, width, height, float(stream.average_rate or 0), bool(container.streams.audio))
 
-# %% ../nbs/03_video.ipynb #0571f9a7
+# %% ../nbs/03_video.ipynb #d93cce81
 def _scaler(size:int):
     "frame -> (size, size, 3) uint8 RGB, upright."
     reformatter, turn = VideoReformatter(), None
     def scale(frame) -> np.ndarray:
         nonlocal turn
         if turn is None: turn = round(frame.rotation/90) % 4                  # quarter turns counter-clockwise, the same for all frames
-        small = reformatter.reformat(frame, width=size, height=size, format="rgb24", interpolation=Interpolation.AREA).to_ndarray()
+        small = reformatter.reformat(frame, size, size, "rgb24", interpolation=Interpolation.AREA, threads=1).to_ndarray()
         return np.rot90(small, turn) if turn else small
     return scale
 
@@ -90,11 +90,12 @@ def _timed(container, stream):
     origin, tick = stream.start_time or 0, stream.time_base
     over, under = tick.numerator, tick.denominator                            # a Fraction per frame would take as long as the scaling
     for frame in container.decode(stream):
-        stamp = frame.pts if frame.pts is not None else frame.dts
+        stamp = frame.pts
+        if stamp is None: stamp = frame.dts
         time = (stamp - origin)*over/under if stamp is not None else 0. if time is None else time + step
         yield time, frame
 
-# %% ../nbs/03_video.ipynb #de531b03
+# %% ../nbs/03_video.ipynb #b1172885
 def _seek(container, stream, time:float):
     "Go to the last keyframe at or before `time`; the start where a container cannot be searched."
     origin = stream.start_time or 0
@@ -131,7 +132,7 @@ def _pyav(path, size:int, start:float, end:float|None, fps:float|None):
     if last is not None and start < seconds and until - last > max(.5, .1*seconds):
         raise InputError(_name(path), f"truncated: frames end at {last:.2f} s of {seconds:.2f} s", "get the file again")
 
-# %% ../nbs/03_video.ipynb #306e9725
+# %% ../nbs/03_video.ipynb #ae4b4143
 def torchcodec_problem() -> str | None:
     "Why torchcodec cannot be used here, in a line; `None` if it can."
     try:
@@ -161,7 +162,7 @@ def _torchcodec(path, size:int, start:float, end:float|None, fps:float|None):
 
 BACKENDS = {"pyav": _pyav, "torchcodec": _torchcodec}
 
-# %% ../nbs/03_video.ipynb #7b8b56ae
+# %% ../nbs/03_video.ipynb #d6805a7e
 def read_clip(
     path,                  # Video file
     size:int=32,           # Pixels a side; the picture is scaled to a square
@@ -178,7 +179,7 @@ def read_clip(
     times, frames = zip(*decoded)
     return Clip(np.stack(frames), np.array(times))
 
-# %% ../nbs/03_video.ipynb #934932ae
+# %% ../nbs/03_video.ipynb #906d91fe
 class Picked(NamedTuple):
     "Frames (K, size, size, 3) uint8 RGB at chosen instants, their times (K,), and how many frames were decoded for that."
     frames: np.ndarray
@@ -208,7 +209,7 @@ class _Cursor:
         while self.next and (self.shown is None or self.next[0] <= time + 1e-6): self._advance()
         return self.shown
 
-# %% ../nbs/03_video.ipynb #db10eb08
+# %% ../nbs/03_video.ipynb #536a7e62
 def read_frames(
     path,           # Video file
     times,          # (K,) increasing seconds
