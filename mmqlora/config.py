@@ -20,7 +20,7 @@ from .core import InputError, repo_path
 
 # %% ../nbs/01_config.ipynb #11adeec9
 Split = Literal["train", "dev", "test", "ood"]
-Selector = Literal["uniform", "random", "motion", "entropy"]
+Selector = Literal["uniform", "random", "motion", "entropy", "change", "sound", "scene", "mixture", "cover"]
 Method = Literal["frozen", "full", "lora", "qlora", "dora", "qdora", "bottleneck", "prefix", "ia3"]
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 Allocation = Literal["uniform", "static", "entropy", "gradient", "eva", "prune", "joint"]
@@ -100,7 +100,7 @@ class CorpusConfig(Strict):
     name: str
     root: str
     seed: int = 0
-    clips: dict[Split, int]                         # Clips generated per split
+    clips: dict[Split, int] = {}                    # Clips generated per split; none of an imported corpus
 
 class FramesConfig(Strict):
     "Frame selection: which budget, which size, which selectors are prepared."
@@ -109,6 +109,8 @@ class FramesConfig(Strict):
     selectors: list[Selector]
     floor: float = Field(.35, ge=0, le=1)           # Share of the budget spread evenly, whatever the signal
     seed: int = 0
+    fps: float | None = Field(None, gt=0)           # At most so many frames a second are looked at; None: all
+    on_error: Literal["raise", "skip"] = "raise"    # A clip that cannot be read: stop, or leave it out and report it
 
 # %% ../nbs/01_config.ipynb #3bfe41b6
 class PretrainConfig(Strict):

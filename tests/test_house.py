@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, closure, code_cells, imported, notebooks, rooms
 
-DATA = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "signals", "frames", "batch", "prepare")
+DATA = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "importers", "signals", "frames", "batch", "prepare", "benchmarks")
 MODELS = ("model", "temporal", "ranks", "bottleneck", "prefix", "allocate", "joint", "prune", "adapters")
 EXPERIMENTS = sorted((ROOT/"nbs/experiments").glob("*.ipynb"))
 
