@@ -6,13 +6,11 @@
 __all__ = ['rank_settings', 'storage_bytes', 'trainable', 'audit']
 
 # %% ../nbs/08a_ranks.ipynb #5eddff5f
-import re
-
 import pandas as pd
 from torch import nn
 
 from .core import InputError
-from .model import MODALITIES, bits_of, linears, modality_of
+from .model import MODALITIES, bits_of, linears, modality_of, tower_pattern
 
 # %% ../nbs/08a_ranks.ipynb #343c5170
 def rank_settings(
@@ -25,7 +23,7 @@ def rank_settings(
     if unknown := set(ranks) - set(found): raise InputError("ranks", f"unknown modality {sorted(unknown)}", f"this family has {', '.join(found)}")
     wanted = {m: r for m, r in ranks.items() if r > 0}
     if not wanted: raise InputError("ranks", "all ranks are 0: nothing would be trained")
-    pattern = {re.escape(MODALITIES[model.config.model_type][m]) + ".*": r for m, r in wanted.items()}
+    pattern = {tower_pattern(model, m): r for m, r in wanted.items()}
     r = max(wanted.values())
     return dict(r=r, lora_alpha=alpha_over_rank*r, target_modules=[n for m in wanted for n in found[m]], rank_pattern=pattern,
                 alpha_pattern={p: alpha_over_rank*rank for p, rank in pattern.items()})
