@@ -34,19 +34,21 @@ def adapt(
     method:str="qlora",          # frozen, full, lora or qlora
     ranks:dict|None=None,        # Modality -> rank (default: 8 everywhere)
     alpha_over_rank:float=2.,    # LoRA scaling alpha / r
-    gate:str="none",             # Temporal gate: none, scalar or rank
+    gate:str="none",             # Temporal gate: none, scalar, rank, time or gradient
     signals:int=2,               # Frame signals C that the gate sees
     seed:int=0,                  # Of the initial A matrices
+    temporal:str|None=None,      # The same as `gate`; "gate" means rank
 ):                               # The model itself (frozen, full) or a `PeftModel` around it
     "Make `model` ready to train with `method`. Raises `InputError` if method, bits and ranks do not fit together."
     if method not in QUANTIZATION: raise InputError("method", f"unknown method '{method}'", f"choose from: {', '.join(QUANTIZATION)}")
     _check_bits(model, method)
+    if temporal is not None: gate = "rank" if temporal == "gate" else temporal
     if method in ("frozen", "full"): return model.requires_grad_(method == "full")
     ranks = ranks or {m: 8 for m in linears(model)}
     settings = rank_settings(model, ranks, alpha_over_rank)
     config = peft.LoraConfig(**settings) if gate == "none" else TemporalLoraConfig(**settings, gate=gate, signals=signals)
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model.requires_grad_(False), config)
-    if gate != "none": wire_gates(adapted, tokens_per_frame(model.config))
+    if gate != "none": wire_gates(adapted)
     audit(adapted, ranks)
     return adapted
