@@ -59,7 +59,7 @@ MODALITIES = {  # model_type -> modality -> prefix of module names, or a tuple o
 }
 NO_TOWER = {"video_llava": ("model.image_tower.",)}        # model_type -> prefixes: linears that no clip passes through
 
-# %% ../nbs/07_model.ipynb #fea59b47
+# %% ../nbs/07_model.ipynb #b84f9083
 def _prefixes(modality_map:dict) -> list[tuple[str, str]]:
     "(prefix, modality), longest prefix first."
     pairs = [(p, m) for m, given in modality_map.items() for p in ((given,) if isinstance(given, str) else given)]
@@ -82,9 +82,10 @@ def tower_pattern(model:nn.Module, modality:str) -> str:
     pairs = _prefixes(modality_map(model))
     mine = [p for p, m in pairs if m == modality]
     others = "|".join(re.escape(q) for q, m in pairs if m != modality and any(q.startswith(p) for p in mine))
-    return (f"(?!{others})" if others else "") + f"(?:{'|'.join(map(re.escape, mine))}).*"
+    any_of = re.escape(mine[0]) if len(mine) == 1 else f"(?:{'|'.join(map(re.escape, mine))})"
+    return (f"(?!{others})" if others else "") + any_of + ".*"
 
-# %% ../nbs/07_model.ipynb #5157722a
+# %% ../nbs/07_model.ipynb #26e99e06
 def _check_linear(model, name:str, heads:set):
     "Raises `InputError` for a linear outside every tower, unless it is the output head or declared."
     family = model.config.model_type
@@ -157,7 +158,7 @@ def from_pretrained(
         path, dtype=dtype, use_safetensors=True, quantization_config=quantization_config(quantization, dtype, skip),
         device_map={"": device}, attn_implementation="sdpa")
 
-# %% ../nbs/07_model.ipynb #fd15d6ba
+# %% ../nbs/07_model.ipynb #dcd39202
 def processor(path):
     "The processor (or, without one, the tokenizer) of a model folder or hub name."
     for auto in (AutoProcessor, AutoTokenizer):
