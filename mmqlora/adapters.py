@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .core import InputError
+from .families import family_of
 from .model import bits_of, linears
 from .ranks import audit, rank_settings
 from .temporal import TemporalLoraConfig, wire_gates
@@ -44,6 +45,7 @@ def adapt(
     _check_bits(model, method)
     if temporal is not None: gate = "rank" if temporal == "gate" else temporal
     if method in ("frozen", "full"): return model.requires_grad_(method == "full")
+    if gate != "none": family_of(model)                                # no map from frames to tokens: an error before anything is changed
     ranks = ranks or {m: 8 for m in linears(model)}
     settings = rank_settings(model, ranks, alpha_over_rank)
     config = peft.LoraConfig(**settings) if gate == "none" else TemporalLoraConfig(**settings, gate=gate, signals=signals)
