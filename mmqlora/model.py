@@ -59,7 +59,7 @@ MODALITIES = {  # model_type -> modality -> prefix of module names, or a tuple o
 }
 NO_TOWER = {"video_llava": ("model.image_tower.",)}        # model_type -> prefixes: linears that no clip passes through
 
-# %% ../nbs/07_model.ipynb #b84f9083
+# %% ../nbs/07_model.ipynb #5b461dd2
 def _prefixes(modality_map:dict) -> list[tuple[str, str]]:
     "(prefix, modality), longest prefix first."
     pairs = [(p, m) for m, given in modality_map.items() for p in ((given,) if isinstance(given, str) else given)]
@@ -75,6 +75,7 @@ def modality_map(model) -> dict:
 
 def modality_of(model:nn.Module, name:str) -> str | None:
     "Modality of the module `name`, or None for what belongs to no tower (the output head)."
+    if name.startswith(NO_TOWER.get(model.config.model_type, ())) or "lm_head" in name.split("."): return None
     return next((m for prefix, m in _prefixes(modality_map(model)) if name.startswith(prefix)), None)
 
 def tower_pattern(model:nn.Module, modality:str) -> str:
@@ -85,7 +86,7 @@ def tower_pattern(model:nn.Module, modality:str) -> str:
     any_of = re.escape(mine[0]) if len(mine) == 1 else f"(?:{'|'.join(map(re.escape, mine))})"
     return (f"(?!{others})" if others else "") + any_of + ".*"
 
-# %% ../nbs/07_model.ipynb #26e99e06
+# %% ../nbs/07_model.ipynb #96fb7a63
 def _check_linear(model, name:str, heads:set):
     "Raises `InputError` for a linear outside every tower, unless it is the output head or declared."
     family = model.config.model_type
@@ -158,7 +159,7 @@ def from_pretrained(
         path, dtype=dtype, use_safetensors=True, quantization_config=quantization_config(quantization, dtype, skip),
         device_map={"": device}, attn_implementation="sdpa")
 
-# %% ../nbs/07_model.ipynb #dcd39202
+# %% ../nbs/07_model.ipynb #77d3669e
 def processor(path):
     "The processor (or, without one, the tokenizer) of a model folder or hub name."
     for auto in (AutoProcessor, AutoTokenizer):

@@ -13,11 +13,11 @@ IMAGE, VIDEO, START, END, AUDIO, AUDIO_START, AUDIO_END, VOCAB = 90, 91, 92, 93,
 SIZE, FRAMES = 56, 4                                    # pixels and frames of a clip, if nothing else is asked for
 FAMILIES = ("smolvlm", "idefics", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3", "video_llava", "llava_onevision", "internvl",
             "instructblipvideo", "qwen2_5_omni")
-_TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=VOCAB,
+_TEXT = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=VOCAB,
              bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=512)
-_VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=14)
-_ROPE = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=10000.)
-_QWEN = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=14, out_hidden_size=32)
+_VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=14)
+_ROPE = dict(rope_type="default", mrope_section=[4, 6, 6], rope_theta=10000.)
+_QWEN = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=14, out_hidden_size=64)
 _IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
 
 
@@ -27,14 +27,14 @@ def _smolvlm():
 
 def _idefics():
     text = {k: v for k, v in _TEXT.items() if k != "num_key_value_heads"}
-    vision = dict(embed_dim=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=14)
-    perceiver = dict(use_resampler=True, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=16)
+    vision = dict(embed_dim=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=14)
+    perceiver = dict(use_resampler=True, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=32)
     return dict(**text, vision_config=vision, perceiver_config=perceiver, use_resampler=True,
                 alpha_initializer="ones", freeze_text_layers=False, freeze_vision_layers=False)
 
 
 def _qwen2_vl():
-    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14)
+    vision = dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14)
     return dict(text_config=dict(**_TEXT, rope_parameters=_ROPE), vision_config=vision, **_IDS)
 
 
@@ -42,7 +42,7 @@ def _qwen2_5_vl(): return dict(text_config=dict(**_TEXT, rope_parameters=_ROPE),
 
 
 def _qwen3_vl():
-    text = dict(**_TEXT, head_dim=16, rope_parameters=_ROPE | {"mrope_interleaved": True})
+    text = dict(**_TEXT, head_dim=32, rope_parameters=_ROPE | {"mrope_interleaved": True})
     return dict(text_config=text, vision_config=dict(**_QWEN | {"patch_size": 16}, deepstack_visual_indexes=[0], num_position_embeddings=16), **_IDS)
 
 
@@ -66,15 +66,15 @@ def _internvl():
 
 
 def _instructblipvideo():
-    qformer = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-    text = dict(model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32,
-                vocab_size=VOCAB, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    qformer = dict(vocab_size=VOCAB, hidden_dropout_prob=0., attention_probs_dropout_prob=0., hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    text = dict(model_type="opt", hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=64,
+                vocab_size=VOCAB, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, dropout=0.)
     return dict(text_config=text, vision_config=_VISION | {"initializer_range": .02}, qformer_config=qformer, num_query_tokens=4, video_token_index=VIDEO)
 
 
 def _qwen2_5_omni():
-    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48, num_mel_bins=16, max_source_positions=100,
-                 n_window=10, output_dim=32)
+    audio = dict(d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, num_mel_bins=16, max_source_positions=100,
+                 n_window=10, dropout=0., output_dim=64)
     return dict(text_config=dict(**_TEXT, rope_parameters=_ROPE), vision_config=dict(**_QWEN, window_size=28, fullatt_block_indexes=[1]),
                 audio_config=audio, image_token_index=IMAGE, video_token_index=VIDEO, audio_token_index=AUDIO, vision_start_token_id=START,
                 vision_end_token_id=END, audio_start_token_id=AUDIO_START, audio_end_token_id=AUDIO_END)
