@@ -11,7 +11,6 @@ from pathlib import Path
 
 import peft
 
-from .adapters import tokens_per_frame
 from .core import InputError
 from .model import load_model
 from .temporal import TemporalLoraConfig, wire_gates
@@ -24,16 +23,25 @@ def _adapter_config(folder):
     config_class = TemporalLoraConfig if "gate" in stored else peft.LoraConfig
     return config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
 
+def _attach(model, folder, config, trainable:bool):
+    "The adapter in `folder` on a base; raises `InputError` if a tensor of it is missing."
+    if not isinstance(config, TemporalLoraConfig): return peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+    config.inference_mode = not trainable
+    model = peft.get_peft_model(model.requires_grad_(False), config)
+    wire_gates(model)                                                  # layers that see no frame lose their gates before weights come
+    missing = model.load_adapter(str(folder), "default", is_trainable=trainable).missing_keys
+    if missing: raise InputError(folder, f"{len(missing)} tensors are missing, e.g. {missing[0]}", "give the base this adapter was trained on")
+    return model
+
 def load(
     base,                   # Folder of the base model
     adapter=None,           # Folder of an adapter (default: the base alone)
     quantization:str="nf4", # How to load the base
     device:str|None=None,   # Default: cuda if there is one, else cpu
+    trainable:bool=False,   # To train the adapter further
 ):                          # (model, tokenizer)
     "The base model, with a trained adapter on it if one is given. Raises `InputError` for a folder without one."
     config = _adapter_config(adapter) if adapter else None
     model, tokenizer = load_model(base, quantization, device=device)
     if config is None: return model, tokenizer
-    model = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
-    if isinstance(config, TemporalLoraConfig): wire_gates(model, tokens_per_frame(model.get_base_model().config))
-    return model.eval(), tokenizer
+    return _attach(model, adapter, config, trainable).train(trainable), tokenizer
