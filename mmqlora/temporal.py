@@ -259,7 +259,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = TemporalLoraConfig
 # %% ../nbs/08_temporal.ipynb #b1f6067d
 class FrameState:
     "What the hooks note and the gated layers read: the layout of the current forward pass."
-    def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed = layout, False, []
+    def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.handles = layout, False, [], []
 
     def set(self, signal, frames=None):
         signal, frames = flat_signals(signal, frames)
@@ -293,7 +293,8 @@ class _Remembered:
 
 def _remember(layer, state):
     function = layer.__dict__.get("_gradient_checkpointing_func")
-    if function is not None and not isinstance(function, _Remembered): layer._gradient_checkpointing_func = _Remembered(function, state)
+    if function is None or getattr(function, "state", None) is state: return
+    layer._gradient_checkpointing_func = _Remembered(getattr(function, "function", function), state)
 
 class _Tower:
     "Before the forward of a packed tower: `generate` calls it outside the model's forward."
@@ -322,17 +323,23 @@ class _Step:
         past = kwargs.get("past_key_values")
         if not self.state.inside and past is not None and past.get_seq_length(): self.state.layout = replace(self.state.layout, ids=None, cache={})
 
+def _unhook(base):
+    "Forget the gates of an adapter that was unloaded."
+    if (old := base.__dict__.pop("_frame_state", None)) is None: return
+    for handle in old.handles: handle.remove()
+    if isinstance(base.__dict__.get("generate"), _Held): del base.generate
+
 def _hook(model, base, state:FrameState):
-    family = state.layout.family
+    _unhook(base)
+    family, base._frame_state = state.layout.family, state
     for module in (base, model.base_model):                            # task-specific PeftModels call the second
-        module.register_forward_pre_hook(state.note, with_kwargs=True)
-        module.register_forward_hook(state.leave, always_call=True)
+        state.handles += [module.register_forward_pre_hook(state.note, with_kwargs=True), module.register_forward_hook(state.leave, always_call=True)]
     if family.packs:
-        for name in ("visual", "model.visual", "vision_model", "model.vision_model"):
-            if name in dict(base.named_modules()): base.get_submodule(name).register_forward_pre_hook(_Tower(state), with_kwargs=True)
+        names = {n for n, _ in base.named_modules()} & {"visual", "model.visual", "vision_model", "model.vision_model"}
+        state.handles += [base.get_submodule(n).register_forward_pre_hook(_Tower(state), with_kwargs=True) for n in names]
     if family.held:
         base.generate = _Held(base.generate, state)
-        base.get_submodule(family.held).register_forward_pre_hook(_Step(state), with_kwargs=True)
+        state.handles.append(base.get_submodule(family.held).register_forward_pre_hook(_Step(state), with_kwargs=True))
 
 # %% ../nbs/08_temporal.ipynb #130b312a
 def gated_layers(model:nn.Module) -> dict[str, nn.Module]:

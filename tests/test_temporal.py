@@ -245,6 +245,21 @@ def test_signals_may_come_with_the_batch_and_a_deep_copy_is_its_own_model():
         assert torch.equal(model.base_model(**batch).logits, a)         # as a PeftModel with a task type calls it
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "instructblipvideo"])
+def test_an_unloaded_adapter_leaves_nothing_behind_and_another_can_follow(family):
+    base, batch = tiny_models.build(family), tiny_models.video_inputs(family)
+    del batch["labels"]
+    with torch.no_grad(): before = base(**batch).logits
+    for _ in range(2):
+        model = adapted(base)
+        set_frame_signals(model, signals())
+        with torch.no_grad(): gated = model(**batch).logits
+        base = model.unload()
+        hooks = {len(m._forward_pre_hooks) for m in base.modules()}
+        assert not torch.equal(gated, before) and hooks == {0, 1}
+    with torch.no_grad(): assert torch.equal(base(**batch).logits, before)
+
+
 def test_signals_of_temporal_patches_may_be_given_per_frame_or_per_patch():
     model, batch, z = tiny("qwen2_5_vl").eval(), tiny_models.video_inputs("qwen2_5_vl"), signals()
     with torch.no_grad():
