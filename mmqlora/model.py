@@ -59,7 +59,7 @@ MODALITIES = {  # model_type -> modality -> prefix of module names, or a tuple o
 }
 NO_TOWER = {"video_llava": ("model.image_tower.",)}        # model_type -> prefixes: linears that no clip passes through
 
-# %% ../nbs/07_model.ipynb #5b461dd2
+# %% ../nbs/07_model.ipynb #c8c92ae2
 def _prefixes(modality_map:dict) -> list[tuple[str, str]]:
     "(prefix, modality), longest prefix first."
     pairs = [(p, m) for m, given in modality_map.items() for p in ((given,) if isinstance(given, str) else given)]
@@ -86,7 +86,7 @@ def tower_pattern(model:nn.Module, modality:str) -> str:
     any_of = re.escape(mine[0]) if len(mine) == 1 else f"(?:{'|'.join(map(re.escape, mine))})"
     return (f"(?!{others})" if others else "") + any_of + ".*"
 
-# %% ../nbs/07_model.ipynb #96fb7a63
+# %% ../nbs/07_model.ipynb #5429fd66
 def _check_linear(model, name:str, heads:set):
     "Raises `InputError` for a linear outside every tower, unless it is the output head or declared."
     family = model.config.model_type
@@ -109,6 +109,7 @@ def _check_found(family:str, found:dict):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise InputError(f"model family '{family}'", f"'{name}' lies in nn.MultiheadAttention, which would ignore an adapter", "declare it in NO_TOWER")
 
+# %% ../nbs/07_model.ipynb #2da57b86
 def linears(model:nn.Module) -> dict[str, dict[str, nn.Linear]]:
     "Modality -> {module name: linear}; output head and declared exceptions left out. Raises `InputError` where map and model disagree."
     found, heads = {m: {} for m in modality_map(model)}, _heads(model)
@@ -130,6 +131,7 @@ def quantization_config(quantization:str, dtype=torch.float32, skip=("lm_head",)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(skip))
 
+# %% ../nbs/07_model.ipynb #5c23444c
 THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration"}      # the part of a talking model that sees and reads
 
 def _read_config(path):
@@ -145,6 +147,7 @@ def _class_for(config):
         if name and hasattr(transformers, name): return getattr(transformers, name)
     return AutoModelForImageTextToText
 
+# %% ../nbs/07_model.ipynb #51ba06ed
 def from_pretrained(
     path,                      # Folder (or hub name) of a transformers video-language model
     quantization:str="nf4",    # none, nf4, fp4 or int8
@@ -159,7 +162,7 @@ def from_pretrained(
         path, dtype=dtype, use_safetensors=True, quantization_config=quantization_config(quantization, dtype, skip),
         device_map={"": device}, attn_implementation="sdpa")
 
-# %% ../nbs/07_model.ipynb #77d3669e
+# %% ../nbs/07_model.ipynb #6b3bd275
 def processor(path):
     "The processor (or, without one, the tokenizer) of a model folder or hub name."
     for auto in (AutoProcessor, AutoTokenizer):

@@ -66,7 +66,7 @@ class Layout:
         "The visual tokens in order, each clip `times` times."
         tower, clips = self.tower, len(self.frames)
         if self.family.packs:
-            if len(tower["grids"]) not in (clips, clips*times): raise InputError("frame signals", f"for {clips} clips, but the inputs hold {len(tower['grids'])}", "set_frame_signals for this batch")
+            if len(tower["grids"]) != clips*times: _times(len(tower["grids"]), clips, "clips")
             if len(tower["grids"]) == clips: tower = tower | {k: [v for v in tower[k] for _ in range(times)] for k in ("grids", "merge") if tower[k]}
         return self.family.visual(self.config, tower, [n for n in self.frames for _ in range(times)])
 
@@ -192,7 +192,8 @@ def static_gate(module, adapter:str) -> torch.Tensor | None:
 def gated_delta(module, adapter:str) -> torch.Tensor:
     "The update as a matrix. Raises `InputError` if it depends on the input."
     gate = static_gate(module, adapter)
-    if gate is None: raise InputError(f"adapter '{adapter}'", "a gate that depends on the input cannot be merged into the weights", "keep the adapter, or train without a gate or with gate='gradient'")
+    if gate is None: raise InputError(f"adapter '{adapter}'", "a gate that depends on the input cannot be merged into the weights",
+                                      "keep the adapter, or train without a gate or with gate='gradient'")
     if (gate == 1).all(): return module.get_delta_weight(adapter)
     return module.lora_B[adapter].weight @ (gate[:, None]*module.lora_A[adapter].weight)*module.scaling[adapter]
 
@@ -240,7 +241,8 @@ SAVED_TYPE = "TEMPORAL_LORA, which mmqlora.load loads"
 @dataclass
 class TemporalLoraConfig(LoraConfig):
     "LoRA with a temporal gate."
-    gate: str = field(default="rank", metadata={"help": "'rank': a gate per direction of the update; 'scalar': one; 'time': per rank, sees the place in the clip; 'gradient': weighs gradients only", "is_lora_variant": True})
+    gate: str = field(default="rank", metadata={"is_lora_variant": True, "help": "'rank': a gate per direction of the update; 'scalar': one; "
+                      "'time': per rank, sees the place in the clip; 'gradient': weighs gradients only"})
     signals: int = field(default=2, metadata={"help": "Number of frame signals C"})
     gradient_slope: float = field(default=1., metadata={"help": "s of a 'gradient' gate 2 sigmoid(s mean(z))"})
     signal_mean: list | None = field(default=None, metadata={"help": "Mean of each frame signal over the training clips"})
