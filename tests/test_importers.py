@@ -232,7 +232,7 @@ def test_from_annotations_by_the_command_line_to_the_frames_that_a_model_sees(tm
         sets, chosen = prepare(root, of_split(records, split, n), settings.frames, workers=1)
         save_clips(tmp_path/f"{split}.safetensors", sets["entropy-8"])
         clips = load_clips(tmp_path/f"{split}.safetensors")
-        assert clips.pixels.shape == (n, 8, 3, 32, 32) and (np.diff(chosen["entropy"]) > 0).all()
+        assert clips.pixels.shape == (n, 8, 3, 32, 32) and (np.diff(chosen["entropy-8"]) > 0).all()
     checked = command("corpus", cwd=clone)
     assert checked.returncode == 0 and "5 clips" in checked.stdout, checked.stderr
 
