@@ -6,7 +6,7 @@ __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'tower
            'label_loss', 'host_embeddings', 'host_head', 'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute',
            'blocks', 'half_adapters', 'Report', 'low_memory', 'FeatureCache']
 
-# %% ../nbs/09c_lowmem.ipynb #a8a823a2
+# %% ../nbs/09c_lowmem.ipynb #e34a91d4
 import inspect
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
 
-# %% ../nbs/09c_lowmem.ipynb #bd24a7a7
+# %% ../nbs/09c_lowmem.ipynb #1a80014b
 def base_of(model:nn.Module) -> nn.Module:
     "The transformers model inside a `PeftModel`, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -41,13 +41,15 @@ def _tensors(value):
     if torch.is_tensor(value): yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (): yield from _tensors(item)
 
-# %% ../nbs/09c_lowmem.ipynb #08d67637
-def towers(model:nn.Module) -> dict[str, PreTrainedModel]:
-    "The encoders inside a model: its outermost `PreTrainedModel`s that are not the decoder and hold neither embeddings nor head."
+# %% ../nbs/09c_lowmem.ipynb #29d6ad27
+def towers(model:nn.Module) -> dict[str, nn.Module]:
+    "The encoders inside a model: the outermost modules with layers that hold no word embeddings."
     base = base_of(model)
     words, found = base.get_input_embeddings(), {}
     for name, module in base.named_modules():
-        if not isinstance(module, PreTrainedModel) or any(m is words for m in module.modules()): continue
+        inner = list(module.modules())
+        layers = any(isinstance(m, GradientCheckpointingLayer) for m in inner) and not isinstance(module, (GradientCheckpointingLayer, nn.ModuleList))
+        if any(m is words for m in inner) or not (layers or isinstance(module, PreTrainedModel)): continue
         if not any(name.startswith(outer + ".") for outer in found): found[name] = module
     return found
 
@@ -66,7 +68,7 @@ def frozen_towers(model) -> str:
     for name in frozen: without_grad(base_of(model).get_submodule(name))
     return f"no gradients in {', '.join(frozen)}" if frozen else ""
 
-# %% ../nbs/09c_lowmem.ipynb #d6e9393a
+# %% ../nbs/09c_lowmem.ipynb #73bf8479
 WINDOWS = "flash_windows"
 
 def windows_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
@@ -91,12 +93,12 @@ def batched_windows(model) -> str:
     done = []
     for name, tower in towers(model).items():
         inner = [m for m in tower.modules() if "Vision" in type(m).__name__ and "cu_seqlens" in inspect.signature(m.forward).parameters]
-        if not inner or not any(hasattr(m, "config") for m in inner) or tower.config._attn_implementation != "sdpa": continue
+        if not inner or not hasattr(tower, "config") or tower.config._attn_implementation != "sdpa": continue
         tower.config._attn_implementation = WINDOWS
         done.append(name)
     return f"one attention call per layer in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #a678c205
+# %% ../nbs/09c_lowmem.ipynb #22e37108
 PARTS = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel")
 
 def in_parts(tower:nn.Module, patches:int):
@@ -122,7 +124,7 @@ def tower_parts(model, patches:int=16384) -> str:
     for name in done: in_parts(base_of(model).get_submodule(name), patches)
     return f"{patches} patches at a time in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #4648a07d
+# %% ../nbs/09c_lowmem.ipynb #7cab22da
 class HeadRows:
     "Blocks of rows of an output head, dense on the device of the activations, wherever and however the head is kept."
     def __init__(self, head:nn.Linear, block:int|None): self.head, self.block = head, block
@@ -148,7 +150,7 @@ def _rows_4bit(weight, state, first, last):
     return torch.ops.bitsandbytes.dequantize_4bit(weight.data.view(-1, 1)[first*width//2:last*width//2], absmax.float()[first*per:last*per].contiguous(),
                                                   state.blocksize, state.quant_type, (last - first, width), state.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #2ebe85b3
+# %% ../nbs/09c_lowmem.ipynb #d2771859
 def _whole(h, w, targets):
     "Loss (R,) and its gradient (R, C) from all logits of some rows."
     logits = (h @ w.t()).float()
@@ -174,7 +176,7 @@ def _blockwise(h, rows, targets):
         mean.mul_(scale).add_(p.to(h.dtype) @ w)
     return (top + total.log() - gold)[:, 0], (mean/total - own).to(h.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #b73c09f0
+# %% ../nbs/09c_lowmem.ipynb #ec2f8640
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, rows, targets, at_once:int):
@@ -192,7 +194,7 @@ def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=204
         return F.cross_entropy(head(h).float(), targets, reduction="none")
     return LinearLoss.apply(h, HeadRows(head, block), targets, at_once)
 
-# %% ../nbs/09c_lowmem.ipynb #4715ca24
+# %% ../nbs/09c_lowmem.ipynb #cc1b0d4f
 def label_loss(model, block:int|None=None) -> str:
     "Lever: training computes logits where there are labels, `block` words of the vocabulary at a time."
     base = base_of(model)
@@ -225,7 +227,7 @@ def _label_rows(labels) -> dict:
     rows = (shifted != -100).nonzero()[:, 0]
     return dict(rows=rows, targets=shifted[rows])
 
-# %% ../nbs/09c_lowmem.ipynb #624f7ce2
+# %% ../nbs/09c_lowmem.ipynb #2757d0f2
 def _stay(module:nn.Module):
     "Keep the weight of `module` in host memory, page-locked if there is a GPU, whatever `.to()` the model gets."
     weight = module.weight.data.cpu()
@@ -242,7 +244,7 @@ def host_embeddings(model) -> str:
     patch(words, lambda stock: lambda ids: stock(ids.to(words.weight.device)).to(ids.device, non_blocking=True))
     return f"{size/2**20:.0f} MiB of embeddings in host memory"
 
-# %% ../nbs/09c_lowmem.ipynb #91e54867
+# %% ../nbs/09c_lowmem.ipynb #58747989
 def host_head(model, block:int=16384) -> str:
     "Lever: the output head stays in host memory and passes through the GPU in blocks of rows. Exact."
     head = base_of(model).get_output_embeddings()
@@ -263,7 +265,7 @@ def quantize_head(model, kind:str="nf4") -> str:
     base.set_output_embeddings(small.train(head.training))
     return f"head in {kind}"
 
-# %% ../nbs/09c_lowmem.ipynb #bfafcb5f
+# %% ../nbs/09c_lowmem.ipynb #2691e911
 class LinearFunction(torch.autograd.Function):
     "A frozen linear with its adapter as one operation that keeps its input only."
     @staticmethod
@@ -287,7 +289,7 @@ def fuse_linear(module:nn.Module):
         return forward
     patch(module, make)
 
-# %% ../nbs/09c_lowmem.ipynb #3c9bc970
+# %% ../nbs/09c_lowmem.ipynb #cd3fa7c1
 def _has_dropout(module) -> bool: return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
 
 def recompute(layer:GradientCheckpointingLayer):
@@ -323,7 +325,7 @@ def _fuse_linears(layer):
             try: fuse_linear(module)
             except Unfit: continue
 
-# %% ../nbs/09c_lowmem.ipynb #e650b131
+# %% ../nbs/09c_lowmem.ipynb #7843ed75
 def half_adapters(model) -> str:
     "Lever: adapters take the dtype of the activations (16 bits). Train them with `MasterAdamW`."
     dtype = base_of(model).dtype
@@ -333,7 +335,7 @@ def half_adapters(model) -> str:
     for p in wide: p.data = p.data.to(dtype)
     return f"{len(wide)} adapter matrices in {str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/09c_lowmem.ipynb #3d64d710
+# %% ../nbs/09c_lowmem.ipynb #9cb079de
 LEVERS = {  # in the order in which they are applied
     "frozen_towers": lambda model, o: frozen_towers(model),
     "windows": lambda model, o: batched_windows(model),
@@ -352,7 +354,7 @@ class Report:
     plan: Plan | None = None
     def __str__(self): return "\n".join(f"{name:14} {what or 'does not apply'}" for name, what in self.done.items())
 
-# %% ../nbs/09c_lowmem.ipynb #5249d396
+# %% ../nbs/09c_lowmem.ipynb #adfca0a1
 def low_memory(
     model:nn.Module,             # With its adapters in place and on its device
     levers=tuple(LEVERS),        # Which to switch on
@@ -376,7 +378,7 @@ def low_memory(
         if name in levers: report.done[name] = lever(model, options)
     return report
 
-# %% ../nbs/09c_lowmem.ipynb #ae7cf630
+# %% ../nbs/09c_lowmem.ipynb #1b1c54df
 class FeatureCache:
     "Features of frozen towers by key: `with cache(key): model(**batch)` computes them once. `folder=None`: in memory only."
     def __init__(self, model, folder=None):
@@ -408,7 +410,7 @@ class FeatureCache:
             return getattr(modeling_outputs, kind)(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
         return forward
 
-# %% ../nbs/09c_lowmem.ipynb #a44c3ce9
+# %% ../nbs/09c_lowmem.ipynb #6ec41bef
 def _find(self:FeatureCache, key:str):
     "(kind, tensors) of a key, from memory or disk; None if there are none."
     path = self.folder and self.folder/f"{key}.safetensors"
