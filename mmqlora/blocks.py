@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['STANDARD', 'dense', 'Lin', 'lin_forward', 'lin_backward', 'fused', 'rms_norm', 'rms_norm_grad', 'swiglu',
            'swiglu_grad', 'rope', 'Spans', 'spans_of', 'attend', 'attend_grad', 'Stash', 'Offload', 'Plan', 'Gradients',
-           'Mlp', 'MlpFunction', 'Attention', 'AttentionFunction', 'Unfit', 'read_linear', 'read_layer', 'run_layer',
-           'fuse_layer']
+           'Mlp', 'MlpFunction', 'Attention', 'AttentionFunction', 'NormFunction', 'Unfit', 'read_linear', 'read_norm',
+           'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
 
-# %% ../nbs/09b_blocks.ipynb #d51ad35a
+# %% ../nbs/09b_blocks.ipynb #0b4f9dff
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -15,7 +15,7 @@ from bitsandbytes import functional as bnb
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/09b_blocks.ipynb #f2b537e7
+# %% ../nbs/09b_blocks.ipynb #b96dcab1
 def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
     "The (out, in) matrix of a frozen weight, dequantized if it is 4-bit (QLoRA, arXiv:2305.14314)."
     state = getattr(weight, "quant_state", None)
@@ -23,7 +23,7 @@ def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
     matrix = bnb.dequantize_4bit(weight.data, state)
     return matrix if dtype is None else matrix.to(dtype)
 
-# %% ../nbs/09b_blocks.ipynb #7a3519c6
+# %% ../nbs/09b_blocks.ipynb #55f76b4d
 @dataclass(eq=False)
 class Lin:
     "A frozen linear (in -> out) with an optional LoRA: y = x W' + b + scale * x A' B'."
@@ -52,7 +52,7 @@ def lin_backward(dy, x, lin:Lin, w=None, into=None) -> tuple:
     dx.addmm_(yb, A, alpha=lin.scale)
     return dx, (yb.t() @ x).mul_(lin.scale), (dy.t() @ xa).mul_(lin.scale)
 
-# %% ../nbs/09b_blocks.ipynb #780f5e53
+# %% ../nbs/09b_blocks.ipynb #f93a7319
 def fused(formula):
     "A formula of tensors as one kernel on a GPU."
     kernel = torch.compile(formula)
@@ -73,7 +73,7 @@ def rms_norm_grad(dn, h, w, eps:float, around):
     y = x*r
     return around + (r*(g - y*(g*y).mean(-1, keepdim=True))).to(h.dtype)
 
-# %% ../nbs/09b_blocks.ipynb #f00e7371
+# %% ../nbs/09b_blocks.ipynb #6b2774b0
 @fused
 def swiglu(g, u): return F.silu(g)*u
 
@@ -94,7 +94,7 @@ def rope(q, k, cos, sin):
     "Rotary positions (arXiv:2104.09864): q, k (N, heads, d); cos, sin (N, d). With -sin it is its own gradient."
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
-# %% ../nbs/09b_blocks.ipynb #2b983024
+# %% ../nbs/09b_blocks.ipynb #a5e08fc5
 @dataclass(eq=False)
 class Spans:
     "Which tokens see each other: causal within spans, or as `mask` says."
@@ -121,7 +121,7 @@ def _general(q, k, v, spans:Spans, scale:float):
     parts = zip(*(t.transpose(0, 1).split(spans.lengths, 1) for t in (q, k, v)))
     return torch.cat([F.scaled_dot_product_attention(*(t[None] for t in p), is_causal=True, scale=scale)[0] for p in parts], 1).transpose(0, 1)
 
-# %% ../nbs/09b_blocks.ipynb #72478a0f
+# %% ../nbs/09b_blocks.ipynb #498e9b43
 def attend(q, k, v, spans:Spans, scale:float):
     "Causal attention of q (N, heads, d) over k, v (N, kv heads, d): (output, what `attend_grad` needs)."
     if spans.mask is not None or not _flash(q): return _general(q, k, v, spans, scale), None
@@ -138,7 +138,7 @@ def attend_grad(do, q, k, v, out, rest, spans:Spans, scale:float):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         return torch.autograd.grad(_general(*leaves, spans, scale), leaves, do)
 
-# %% ../nbs/09b_blocks.ipynb #4e59a58c
+# %% ../nbs/09b_blocks.ipynb #9f9002cc
 class Stash:
     "Keeps tensors on their device."
     def begin(self): pass
@@ -155,14 +155,14 @@ class Offload(Stash):
         self.side = self.side or torch.cuda.Stream()
 
     def _page(self, i, tensor):
-        key = (i, tensor.shape, tensor.dtype)
-        if key not in self.pool: self.pool[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return self.pool[key]
+        size = tensor.numel()*tensor.element_size()
+        if i not in self.pool or len(self.pool[i]) < size: self.pool[i] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return self.pool[i][:size].view(tensor.dtype).view(tensor.shape)
 
     def _release(self, keep:int):
         while len(self.leaving) > keep: torch.cuda.current_stream().wait_event(self.leaving.pop(0)[1])
 
-# %% ../nbs/09b_blocks.ipynb #3abf4d64
+# %% ../nbs/09b_blocks.ipynb #09663b15
 def _put(self:Offload, tensor):
     if not tensor.is_cuda: return tensor
     page = self._page(len(self.slots), tensor)
@@ -190,7 +190,7 @@ def _get(self:Offload, slot):
 
 Offload.put, Offload.get = _put, _get
 
-# %% ../nbs/09b_blocks.ipynb #6d6af3dc
+# %% ../nbs/09b_blocks.ipynb #553a7bf0
 @dataclass(eq=False)
 class Plan:
     "How the blocks of one model run."
@@ -206,7 +206,7 @@ class Plan:
         step = -(-n//count)
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
-# %% ../nbs/09b_blocks.ipynb #4fd26c47
+# %% ../nbs/09b_blocks.ipynb #e26de482
 class Gradients:
     "Sums of adapter gradients over parts of a batch, in fp32 if there are several."
     def __init__(self, lins): self.lins, self.sums = lins, [None]*(2*len(lins))
@@ -237,7 +237,7 @@ def _down_grad(d, g, u, lin:Lin, w=None) -> tuple:
     if A is None: return dg, du, (None, None)
     return dg, du, ((yb.t() @ a).mul_(lin.scale), (d.t() @ (a @ A.t())).mul_(lin.scale))
 
-# %% ../nbs/09b_blocks.ipynb #b35c0a30
+# %% ../nbs/09b_blocks.ipynb #1c01cc49
 class MlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, half:Mlp, *adapters):
@@ -269,7 +269,7 @@ class MlpFunction(torch.autograd.Function):
             dh[part] = rms_norm_grad(dn, h[part], half.norm, half.eps, d)
         return dh, None, *sums.all()
 
-# %% ../nbs/09b_blocks.ipynb #a8000a1b
+# %% ../nbs/09b_blocks.ipynb #428a5330
 @dataclass(eq=False)
 class Attention:
     "The attention half of a layer: h + o(attend(rope(q(n), k(n)), v(n))) with n = norm(h)."
@@ -291,7 +291,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(ctx, h, half:Attention, cos, sin, *adapters):
         ctx.half, ctx.spans, ctx.slot = half, half.plan.spans, half.plan.stash.put(h)
         ctx.save_for_backward(cos, sin)
-        _, q, k, v = half.project(h, cos, sin)
+        _, q, k, v = half.project(h.detach(), cos, sin)
         out, rest = attend(q, k, v, ctx.spans, half.scale)
         ctx.kept = (out, rest) if half.plan.keep_attention else None
         return lin_forward(out.flatten(1), half.lins[3]).add_(h)
@@ -313,7 +313,19 @@ class AttentionFunction(torch.autograd.Function):
             sums.add(i, *grads)
         return rms_norm_grad(dn, h, half.norm, half.eps, dout), None, None, None, *sums.all()
 
-# %% ../nbs/09b_blocks.ipynb #6eee65d6
+class NormFunction(torch.autograd.Function):
+    "RMS norm that keeps its 16-bit input only."
+    @staticmethod
+    def forward(ctx, h, w, eps:float):
+        ctx.save_for_backward(h, w)
+        ctx.eps = eps
+        return rms_norm(h.detach(), w, eps)
+    @staticmethod
+    def backward(ctx, dn):
+        h, w = ctx.saved_tensors
+        return rms_norm_grad(dn, h, w, ctx.eps, torch.zeros_like(dn)), None, None
+
+# %% ../nbs/09b_blocks.ipynb #f24b21b0
 class Unfit(Exception):
     "Why a layer cannot run as blocks."
 
@@ -335,12 +347,13 @@ def read_linear(module:nn.Module) -> Lin:
     _need(A.bias is None and B.bias is None, "a LoRA bias")
     return Lin(base.weight, base.bias, A.weight, B.weight, float(module.scaling[name]))
 
-def _norm(module):
+def read_norm(module:nn.Module) -> tuple:
+    "(weight, eps) of a frozen RMS norm. Raises `Unfit` for anything else."
     _need("RMSNorm" in type(module).__name__ and hasattr(module, "variance_epsilon"), f"norm {type(module).__name__}")
     _need(not module.weight.requires_grad, "a trainable norm")
     return module.weight, module.variance_epsilon
 
-# %% ../nbs/09b_blocks.ipynb #3ca47e54
+# %% ../nbs/09b_blocks.ipynb #c29188e8
 STANDARD = {"Llama", "Qwen2", "Qwen2VL", "Qwen2_5_VL", "Mistral", "SmolLM3", "Qwen2_5Omni"}          # classes <name>DecoderLayer read and checked
 
 def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
@@ -351,13 +364,13 @@ def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
     _need(not hasattr(attn, "q_norm") and not getattr(attn, "sliding_window", None), "norms of q and k, or a sliding window")
     _need(not getattr(attn, "attention_dropout", 0.), "attention dropout")
     _need(isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"), "another activation than SiLU")
-    first, second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+    first, second = read_norm(layer.input_layernorm), read_norm(layer.post_attention_layernorm)
     return (Attention(*first, [read_linear(getattr(attn, f"{n}_proj")) for n in "qkvo"], attn.head_dim, attn.scaling, plan),
             Mlp(*second, [read_linear(getattr(mlp, f"{n}_proj")) for n in ("gate", "up", "down")], plan))
 
 def _adapters(half): return [p for lin in half.lins for p in (lin.A, lin.B)]
 
-# %% ../nbs/09b_blocks.ipynb #5c06ccc7
+# %% ../nbs/09b_blocks.ipynb #00062bec
 def run_layer(halves, h, cos, sin) -> torch.Tensor:
     "h (B, L, C) through attention and MLP; cos, sin (B or 1, L, d)."
     b, length, width = h.shape
@@ -379,9 +392,16 @@ def fuse_layer(layer:nn.Module, plan:Plan):
     "Make `layer` run as blocks while it trains; evaluation and caches go the old way. Raises `Unfit`."
     halves, stock = read_layer(layer, plan), layer.forward
     def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, position_embeddings=None, **more):
-        if not (self.training and torch.is_grad_enabled()) or past_key_values is not None:
+        reading = past_key_values is not None and past_key_values.get_seq_length() > 0        # a fresh cache is of no use to training
+        if not (self.training and torch.is_grad_enabled()) or reading:
             return stock(hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
                          position_embeddings=position_embeddings, **more)
         _spans(plan, hidden_states, None if plan.packed else attention_mask)
         return run_layer(halves, hidden_states, *position_embeddings)
     layer.forward = MethodType(forward, layer)
+
+def fuse_norm(norm:nn.Module):
+    "Make a frozen RMS norm keep its input only while it trains. Raises `Unfit`."
+    (weight, eps), stock = read_norm(norm), norm.forward
+    def forward(self, h): return NormFunction.apply(h, weight, eps) if self.training and torch.is_grad_enabled() else stock(h)
+    norm.forward = MethodType(forward, norm)

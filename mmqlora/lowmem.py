@@ -6,7 +6,7 @@ __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'tower
            'label_loss', 'host_embeddings', 'host_head', 'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute',
            'blocks', 'half_adapters', 'Report', 'low_memory', 'FeatureCache']
 
-# %% ../nbs/09c_lowmem.ipynb #e34a91d4
+# %% ../nbs/09c_lowmem.ipynb #63ca7863
 import inspect
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, modeling_outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, lin_backward, lin_forward, read_linear
+from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
 
-# %% ../nbs/09c_lowmem.ipynb #1a80014b
+# %% ../nbs/09c_lowmem.ipynb #7428151f
 def base_of(model:nn.Module) -> nn.Module:
     "The transformers model inside a `PeftModel`, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -41,7 +41,7 @@ def _tensors(value):
     if torch.is_tensor(value): yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (): yield from _tensors(item)
 
-# %% ../nbs/09c_lowmem.ipynb #29d6ad27
+# %% ../nbs/09c_lowmem.ipynb #4b20a72d
 def towers(model:nn.Module) -> dict[str, nn.Module]:
     "The encoders inside a model: the outermost modules with layers that hold no word embeddings."
     base = base_of(model)
@@ -68,7 +68,7 @@ def frozen_towers(model) -> str:
     for name in frozen: without_grad(base_of(model).get_submodule(name))
     return f"no gradients in {', '.join(frozen)}" if frozen else ""
 
-# %% ../nbs/09c_lowmem.ipynb #73bf8479
+# %% ../nbs/09c_lowmem.ipynb #12c1af30
 WINDOWS = "flash_windows"
 
 def windows_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
@@ -98,7 +98,7 @@ def batched_windows(model) -> str:
         done.append(name)
     return f"one attention call per layer in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #22e37108
+# %% ../nbs/09c_lowmem.ipynb #bcc8a46e
 PARTS = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel")
 
 def in_parts(tower:nn.Module, patches:int):
@@ -124,7 +124,7 @@ def tower_parts(model, patches:int=16384) -> str:
     for name in done: in_parts(base_of(model).get_submodule(name), patches)
     return f"{patches} patches at a time in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #7cab22da
+# %% ../nbs/09c_lowmem.ipynb #f3aa1cce
 class HeadRows:
     "Blocks of rows of an output head, dense on the device of the activations, wherever and however the head is kept."
     def __init__(self, head:nn.Linear, block:int|None): self.head, self.block = head, block
@@ -150,7 +150,7 @@ def _rows_4bit(weight, state, first, last):
     return torch.ops.bitsandbytes.dequantize_4bit(weight.data.view(-1, 1)[first*width//2:last*width//2], absmax.float()[first*per:last*per].contiguous(),
                                                   state.blocksize, state.quant_type, (last - first, width), state.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #d2771859
+# %% ../nbs/09c_lowmem.ipynb #3b1bcab2
 def _whole(h, w, targets):
     "Loss (R,) and its gradient (R, C) from all logits of some rows."
     logits = (h @ w.t()).float()
@@ -176,7 +176,7 @@ def _blockwise(h, rows, targets):
         mean.mul_(scale).add_(p.to(h.dtype) @ w)
     return (top + total.log() - gold)[:, 0], (mean/total - own).to(h.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #ec2f8640
+# %% ../nbs/09c_lowmem.ipynb #f3f7a785
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, rows, targets, at_once:int):
@@ -194,7 +194,7 @@ def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=204
         return F.cross_entropy(head(h).float(), targets, reduction="none")
     return LinearLoss.apply(h, HeadRows(head, block), targets, at_once)
 
-# %% ../nbs/09c_lowmem.ipynb #cc1b0d4f
+# %% ../nbs/09c_lowmem.ipynb #4b82d556
 def label_loss(model, block:int|None=None) -> str:
     "Lever: training computes logits where there are labels, `block` words of the vocabulary at a time."
     base = base_of(model)
@@ -227,7 +227,7 @@ def _label_rows(labels) -> dict:
     rows = (shifted != -100).nonzero()[:, 0]
     return dict(rows=rows, targets=shifted[rows])
 
-# %% ../nbs/09c_lowmem.ipynb #2757d0f2
+# %% ../nbs/09c_lowmem.ipynb #8e882e35
 def _stay(module:nn.Module):
     "Keep the weight of `module` in host memory, page-locked if there is a GPU, whatever `.to()` the model gets."
     weight = module.weight.data.cpu()
@@ -241,10 +241,15 @@ def host_embeddings(model) -> str:
     if head is not None and head.weight is words.weight and "_apply" not in vars(head): return ""
     size = words.weight.numel()*words.weight.element_size()
     _stay(words)
-    patch(words, lambda stock: lambda ids: stock(ids.to(words.weight.device)).to(ids.device, non_blocking=True))
+    def make(stock):
+        def forward(ids):
+            known, where = ids.to(words.weight.device).unique(return_inverse=True)              # a clip repeats one placeholder
+            return stock(known).to(ids.device)[where.to(ids.device)]
+        return forward
+    patch(words, make)
     return f"{size/2**20:.0f} MiB of embeddings in host memory"
 
-# %% ../nbs/09c_lowmem.ipynb #58747989
+# %% ../nbs/09c_lowmem.ipynb #4247f49a
 def host_head(model, block:int=16384) -> str:
     "Lever: the output head stays in host memory and passes through the GPU in blocks of rows. Exact."
     head = base_of(model).get_output_embeddings()
@@ -265,7 +270,7 @@ def quantize_head(model, kind:str="nf4") -> str:
     base.set_output_embeddings(small.train(head.training))
     return f"head in {kind}"
 
-# %% ../nbs/09c_lowmem.ipynb #2691e911
+# %% ../nbs/09c_lowmem.ipynb #72159e01
 class LinearFunction(torch.autograd.Function):
     "A frozen linear with its adapter as one operation that keeps its input only."
     @staticmethod
@@ -289,7 +294,7 @@ def fuse_linear(module:nn.Module):
         return forward
     patch(module, make)
 
-# %% ../nbs/09c_lowmem.ipynb #cd3fa7c1
+# %% ../nbs/09c_lowmem.ipynb #5931e714
 def _has_dropout(module) -> bool: return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
 
 def recompute(layer:GradientCheckpointingLayer):
@@ -306,6 +311,7 @@ def _decoder_layers(model) -> dict:
 def blocks(model, plan:Plan) -> str:
     "Lever: layers as blocks; checkpointing and fused linears where a layer is another."
     fused, other, why = 0, 0, set()
+    base_of(model).disable_input_require_grads()
     for module in base_of(model).modules():
         if isinstance(module, GradientCheckpointingLayer): module.gradient_checkpointing = False
     for layer in _decoder_layers(model).values():
@@ -316,8 +322,18 @@ def blocks(model, plan:Plan) -> str:
             recompute(layer)
             _fuse_linears(layer)
             other, why = other + 1, why | {str(reason)}
-    if fused: base_of(model).register_forward_pre_hook(lambda *_: plan.stash.begin())
+    if fused:
+        _fuse_last_norm(model)
+        patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.stash.begin() or stock(*args, **kwargs))
     return f"{fused} layers as blocks" + (f", {other} checkpointed ({', '.join(sorted(why))})" if other else "")
+
+def _fuse_last_norm(model):
+    "The norm below the head sees every token: it keeps its input only."
+    inner = (*towers(model), *_decoder_layers(model))
+    for name, module in base_of(model).named_modules():
+        if "RMSNorm" in type(module).__name__ and not name.startswith(tuple(n + "." for n in inner)):
+            try: fuse_norm(module)
+            except Unfit: continue
 
 def _fuse_linears(layer):
     for module in layer.modules():
@@ -325,7 +341,7 @@ def _fuse_linears(layer):
             try: fuse_linear(module)
             except Unfit: continue
 
-# %% ../nbs/09c_lowmem.ipynb #7843ed75
+# %% ../nbs/09c_lowmem.ipynb #7a954ff5
 def half_adapters(model) -> str:
     "Lever: adapters take the dtype of the activations (16 bits). Train them with `MasterAdamW`."
     dtype = base_of(model).dtype
@@ -335,7 +351,7 @@ def half_adapters(model) -> str:
     for p in wide: p.data = p.data.to(dtype)
     return f"{len(wide)} adapter matrices in {str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/09c_lowmem.ipynb #9cb079de
+# %% ../nbs/09c_lowmem.ipynb #88ab0d0f
 LEVERS = {  # in the order in which they are applied
     "frozen_towers": lambda model, o: frozen_towers(model),
     "windows": lambda model, o: batched_windows(model),
@@ -354,7 +370,7 @@ class Report:
     plan: Plan | None = None
     def __str__(self): return "\n".join(f"{name:14} {what or 'does not apply'}" for name, what in self.done.items())
 
-# %% ../nbs/09c_lowmem.ipynb #adfca0a1
+# %% ../nbs/09c_lowmem.ipynb #36e080a9
 def low_memory(
     model:nn.Module,             # With its adapters in place and on its device
     levers=tuple(LEVERS),        # Which to switch on
@@ -378,7 +394,7 @@ def low_memory(
         if name in levers: report.done[name] = lever(model, options)
     return report
 
-# %% ../nbs/09c_lowmem.ipynb #1b1c54df
+# %% ../nbs/09c_lowmem.ipynb #e077f1aa
 class FeatureCache:
     "Features of frozen towers by key: `with cache(key): model(**batch)` computes them once. `folder=None`: in memory only."
     def __init__(self, model, folder=None):
@@ -410,7 +426,7 @@ class FeatureCache:
             return getattr(modeling_outputs, kind)(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
         return forward
 
-# %% ../nbs/09c_lowmem.ipynb #6ec41bef
+# %% ../nbs/09c_lowmem.ipynb #e86ed5d5
 def _find(self:FeatureCache, key:str):
     "(kind, tensors) of a key, from memory or disk; None if there are none."
     path = self.folder and self.folder/f"{key}.safetensors"

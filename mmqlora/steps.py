@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['VISUAL', 'MasterAdamW', 'rows_of', 'MicroBatches', 'pack', 'packed']
 
-# %% ../nbs/09d_steps.ipynb #1b666938
+# %% ../nbs/09d_steps.ipynb #f26fa570
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
 from .core import InputError
 
-# %% ../nbs/09d_steps.ipynb #01cb441d
+# %% ../nbs/09d_steps.ipynb #6f67b1bc
 class MasterAdamW(torch.optim.Optimizer):
     "AdamW (arXiv:1711.05101) whose 16-bit parameters have fp32 masters; for fp32 parameters it is PyTorch's, bit for bit."
     def __init__(self, params, lr:float=1e-3, betas=(.9, .999), eps:float=1e-8, weight_decay:float=1e-2):
@@ -43,7 +43,7 @@ class MasterAdamW(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, slot in state_dict["state"].items(): self.state[params[int(i)]] = {k: v.to(params[int(i)].device).clone() for k, v in slot.items()}
 
-# %% ../nbs/09d_steps.ipynb #41e66c99
+# %% ../nbs/09d_steps.ipynb #c59cb363
 def rows_of(batch:dict, first:int, last:int) -> dict:
     "Rows of a batch whose tensors all have one row per example."
     return {k: v[first:last] for k, v in batch.items()}
@@ -72,7 +72,7 @@ class MicroBatches:
         self.log.append(self.size)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/09d_steps.ipynb #515320f3
+# %% ../nbs/09d_steps.ipynb #e8b27486
 VISUAL = ("pixel", "grid", "merge_sizes", "compression_mask")
 
 def _positions(base, row:dict) -> torch.Tensor:
