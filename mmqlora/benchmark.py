@@ -5,7 +5,7 @@ __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', '
            'text_linears', 'widen', 'build_model', 'make_batch', 'stock', 'set_up', 'clean', 'measure', 'stepper',
            'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'cells', 'name_of', 'efficiency']
 
-# %% ../nbs/12c_benchmark.ipynb #8c0971af
+# %% ../nbs/12c_benchmark.ipynb #4841247b
 import gc, time, traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +23,7 @@ from .core import InputError, git_commit, hardware, read_json, versions, write_j
 from .lowmem import LEVERS, low_memory, towers
 from .steps import MasterAdamW, pack, packed
 
-# %% ../nbs/12c_benchmark.ipynb #4ed72dd1
+# %% ../nbs/12c_benchmark.ipynb #363e71cf
 _IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
 _MROPE = dict(rope_parameters=dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6))
 
@@ -45,7 +45,7 @@ ARCHITECTURES = {  # name -> (model type, configuration)
         use_resampler=True, cross_layer_interval=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, freeze_text_layers=False, freeze_vision_layers=False)),
 }
 
-# %% ../nbs/12c_benchmark.ipynb #514e7ee6
+# %% ../nbs/12c_benchmark.ipynb #ccf7cd44
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_heads": 2,
          "embed_dim": 64, "out_hidden_size": 64, "fullatt_block_indexes": [1], "mrope_section": [4, 6, 6], "resampler_depth": 1, "resampler_n_heads": 2,
          "resampler_head_dim": 16, "resampler_n_latents": 4, "cross_layer_interval": 1, "image_size": 56, "vocab_size": 256, "image_token_id": 250,
@@ -59,7 +59,7 @@ def config_of(name:str, small:bool=False):
     kind, config = ARCHITECTURES[name]
     return CONFIG_MAPPING[kind](**(shrink(config) if small else config))
 
-# %% ../nbs/12c_benchmark.ipynb #070fe789
+# %% ../nbs/12c_benchmark.ipynb #2489aeb9
 def quantize_linears(model:nn.Module, kind:str="nf4", skip=("lm_head",)):
     "Replace every linear but the head by a 4-bit one, on its device."
     for name, module in list(model.named_modules()):
@@ -99,7 +99,7 @@ def build_model(name:str, device:str, dtype=torch.bfloat16, small:bool=False, ra
         if "lora_B" in n: p.data.normal_(std=.01)
     return model.train()
 
-# %% ../nbs/12c_benchmark.ipynb #abcea2f0
+# %% ../nbs/12c_benchmark.ipynb #43decf00
 TEXT, LABELS = 128, 96
 
 def _ids(config, blocks:list[list[int]], device, text:int=TEXT):
@@ -129,7 +129,7 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     if pair == 1: return dict(**batch, video_merge_sizes=torch.tensor([2], device=device), video_compression_mask=torch.ones(tokens, dtype=torch.bool, device=device))
     return dict(**batch, mm_token_type_ids=2*(batch["input_ids"] == config.video_token_id).int())
 
-# %% ../nbs/12c_benchmark.ipynb #bca878f2
+# %% ../nbs/12c_benchmark.ipynb #63c782e0
 def stock(model, checkpointing:bool=True):
     "What one does without us: inputs that require gradients, checkpointing in every layer."
     model.enable_input_require_grads()
@@ -161,7 +161,7 @@ def set_up(model, way:str):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     return loss, MasterAdamW(params, lr=1e-5) if half else torch.optim.AdamW(params, lr=1e-5, fused=True)
 
-# %% ../nbs/12c_benchmark.ipynb #02773399
+# %% ../nbs/12c_benchmark.ipynb #57a80101
 def _sync(device):
     if device == "cuda": torch.cuda.synchronize()
 
@@ -196,7 +196,7 @@ def stepper(loss, optimizer, batch):
         return value.detach()
     return step
 
-# %% ../nbs/12c_benchmark.ipynb #7927663f
+# %% ../nbs/12c_benchmark.ipynb #070aad54
 def _dtype(device): return torch.bfloat16 if device == "cuda" else torch.float32
 
 def step_cell(cell:dict, device:str, small:bool) -> dict:
@@ -226,7 +226,7 @@ def packed_cell(cell:dict, device:str, small:bool) -> dict:
     with packed(model, tokens): out = measure(stepper(loss, optimizer, batch), device)
     return dict(out, tokens=sum(tokens), clips=tokens)
 
-# %% ../nbs/12c_benchmark.ipynb #a0a14387
+# %% ../nbs/12c_benchmark.ipynb #ab56a8b3
 def _gradients(name, way, frames, device, small, exact=False) -> tuple[float, dict]:
     model = build_model(name, device, torch.bfloat16, small)
     loss, _ = set_up(widen(model) if exact else model, way)
@@ -247,7 +247,7 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
                         worst=float(max(o/wanted[n].norm() for n, o in off.items())))
     return out
 
-# %% ../nbs/12c_benchmark.ipynb #7ef16a48
+# %% ../nbs/12c_benchmark.ipynb #9095ce7f
 def profile_cell(cell:dict, device:str, small:bool) -> dict:
     "Where the time of one step goes: kernels by time, and the host's share."
     model = build_model(cell["model"], device, _dtype(device), small)
@@ -267,7 +267,7 @@ def profile_cell(cell:dict, device:str, small:bool) -> dict:
 
 KINDS = {"step": step_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
 
-# %% ../nbs/12c_benchmark.ipynb #b5f51ceb
+# %% ../nbs/12c_benchmark.ipynb #ccd956b7
 BIG = "qwen2.5-vl-7b"
 
 def cells() -> list[dict]:
@@ -284,14 +284,14 @@ def cells() -> list[dict]:
 
 def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
 
-# %% ../nbs/12c_benchmark.ipynb #42ffe8aa
-def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None) -> dict:
+# %% ../nbs/12c_benchmark.ipynb #af57e20b
+def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="") -> dict:
     "Measure the cells that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
     known = read_json(out) if Path(out).is_file() else {"cells": {}}
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     torch._dynamo.config.recompile_limit = 64                           # one process sees many shapes
-    known |= dict(hardware=hardware() | {"gpu": gpu}, versions=versions(), commit=git_commit(), date=time.strftime("%Y-%m-%d"), small=small)
+    known |= dict(hardware=hardware() | {"gpu": gpu}, versions=versions(), commit=commit or git_commit(), date=time.strftime("%Y-%m-%d"), small=small)
     for cell in cells():
         name = name_of(cell)
         if name in known["cells"] and "error" not in known["cells"][name] or only and not any(o in name for o in only): continue
