@@ -5,7 +5,7 @@ __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', '
            'text_linears', 'widen', 'build_model', 'make_batch', 'stock', 'set_up', 'clean', 'measure', 'stepper',
            'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'cells', 'name_of', 'efficiency']
 
-# %% ../nbs/12c_benchmark.ipynb #4841247b
+# %% ../nbs/12c_benchmark.ipynb #4ade6b46
 import gc, time, traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from .core import InputError, git_commit, hardware, read_json, versions, write_json
-from .lowmem import LEVERS, low_memory, towers
+from .lowmem import LEVERS, low_memory, packed_weight, towers
 from .steps import MasterAdamW, pack, packed
 
-# %% ../nbs/12c_benchmark.ipynb #363e71cf
+# %% ../nbs/12c_benchmark.ipynb #0edc1b03
 _IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
 _MROPE = dict(rope_parameters=dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6))
 
@@ -45,7 +45,7 @@ ARCHITECTURES = {  # name -> (model type, configuration)
         use_resampler=True, cross_layer_interval=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, freeze_text_layers=False, freeze_vision_layers=False)),
 }
 
-# %% ../nbs/12c_benchmark.ipynb #ccf7cd44
+# %% ../nbs/12c_benchmark.ipynb #f9053710
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_heads": 2,
          "embed_dim": 64, "out_hidden_size": 64, "fullatt_block_indexes": [1], "mrope_section": [4, 6, 6], "resampler_depth": 1, "resampler_n_heads": 2,
          "resampler_head_dim": 16, "resampler_n_latents": 4, "cross_layer_interval": 1, "image_size": 56, "vocab_size": 256, "image_token_id": 250,
@@ -59,14 +59,14 @@ def config_of(name:str, small:bool=False):
     kind, config = ARCHITECTURES[name]
     return CONFIG_MAPPING[kind](**(shrink(config) if small else config))
 
-# %% ../nbs/12c_benchmark.ipynb #2489aeb9
+# %% ../nbs/12c_benchmark.ipynb #522d0f33
 def quantize_linears(model:nn.Module, kind:str="nf4", skip=("lm_head",)):
     "Replace every linear but the head by a 4-bit one, on its device."
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name.endswith(skip) or module.weight.numel() < 1024: continue
         small = bnb_nn.Linear4bit(1, 1, bias=False, compute_dtype=module.weight.dtype, quant_type=kind)
         small.in_features, small.out_features, small.bias = module.in_features, module.out_features, module.bias
-        small.weight = bnb_nn.Params4bit(module.weight.data, requires_grad=False, quant_type=kind, module=small).to(module.weight.device)
+        small.weight = packed_weight(module.weight.data, kind, small)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, small)
         module.weight = None
@@ -99,7 +99,7 @@ def build_model(name:str, device:str, dtype=torch.bfloat16, small:bool=False, ra
         if "lora_B" in n: p.data.normal_(std=.01)
     return model.train()
 
-# %% ../nbs/12c_benchmark.ipynb #43decf00
+# %% ../nbs/12c_benchmark.ipynb #8f47686e
 TEXT, LABELS = 128, 96
 
 def _ids(config, blocks:list[list[int]], device, text:int=TEXT):
@@ -116,8 +116,9 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     "Inputs for one clip of `frames` frames."
     config = model.config
     kind, patch = config.model_type, config.vision_config.patch_size
-    random = torch.Generator(device).manual_seed(frames)
-    noise = lambda *shape: torch.randn(*shape, generator=random, device=device, dtype=dtype)
+    random, where = None if device == "meta" else torch.Generator(device).manual_seed(frames), device
+    noise = lambda *shape: torch.randn(*shape, generator=random, device=where, dtype=dtype)
+    device = "cpu" if device == "meta" else device                     # ids and grids stay real
     if kind == "idefics":
         size = config.vision_config.image_size
         batch = _ids(config, [[min(1000, config.vocab_size//2) + 1]*frames], device)
@@ -129,7 +130,7 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     if pair == 1: return dict(**batch, video_merge_sizes=torch.tensor([2], device=device), video_compression_mask=torch.ones(tokens, dtype=torch.bool, device=device))
     return dict(**batch, mm_token_type_ids=2*(batch["input_ids"] == config.video_token_id).int())
 
-# %% ../nbs/12c_benchmark.ipynb #63c782e0
+# %% ../nbs/12c_benchmark.ipynb #046af0f2
 def stock(model, checkpointing:bool=True):
     "What one does without us: inputs that require gradients, checkpointing in every layer."
     model.enable_input_require_grads()
@@ -161,7 +162,7 @@ def set_up(model, way:str):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     return loss, MasterAdamW(params, lr=1e-5) if half else torch.optim.AdamW(params, lr=1e-5, fused=True)
 
-# %% ../nbs/12c_benchmark.ipynb #57a80101
+# %% ../nbs/12c_benchmark.ipynb #05c748ca
 def _sync(device):
     if device == "cuda": torch.cuda.synchronize()
 
@@ -196,7 +197,7 @@ def stepper(loss, optimizer, batch):
         return value.detach()
     return step
 
-# %% ../nbs/12c_benchmark.ipynb #070aad54
+# %% ../nbs/12c_benchmark.ipynb #6038fa90
 def _dtype(device): return torch.bfloat16 if device == "cuda" else torch.float32
 
 def step_cell(cell:dict, device:str, small:bool) -> dict:
@@ -226,7 +227,7 @@ def packed_cell(cell:dict, device:str, small:bool) -> dict:
     with packed(model, tokens): out = measure(stepper(loss, optimizer, batch), device)
     return dict(out, tokens=sum(tokens), clips=tokens)
 
-# %% ../nbs/12c_benchmark.ipynb #ab56a8b3
+# %% ../nbs/12c_benchmark.ipynb #2128f52c
 def _gradients(name, way, frames, device, small, exact=False) -> tuple[float, dict]:
     model = build_model(name, device, torch.bfloat16, small)
     loss, _ = set_up(widen(model) if exact else model, way)
@@ -247,7 +248,7 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
                         worst=float(max(o/wanted[n].norm() for n, o in off.items())))
     return out
 
-# %% ../nbs/12c_benchmark.ipynb #9095ce7f
+# %% ../nbs/12c_benchmark.ipynb #1ecdea6b
 def profile_cell(cell:dict, device:str, small:bool) -> dict:
     "Where the time of one step goes: kernels by time, and the host's share."
     model = build_model(cell["model"], device, _dtype(device), small)
@@ -267,7 +268,7 @@ def profile_cell(cell:dict, device:str, small:bool) -> dict:
 
 KINDS = {"step": step_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
 
-# %% ../nbs/12c_benchmark.ipynb #ccd956b7
+# %% ../nbs/12c_benchmark.ipynb #be0efede
 BIG = "qwen2.5-vl-7b"
 
 def cells() -> list[dict]:
@@ -284,7 +285,7 @@ def cells() -> list[dict]:
 
 def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
 
-# %% ../nbs/12c_benchmark.ipynb #af57e20b
+# %% ../nbs/12c_benchmark.ipynb #ac347186
 def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="") -> dict:
     "Measure the cells that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")

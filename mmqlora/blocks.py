@@ -6,7 +6,7 @@ __all__ = ['STANDARD', 'dense', 'Lin', 'lin_forward', 'lin_backward', 'fused', '
            'Mlp', 'MlpFunction', 'Attention', 'AttentionFunction', 'NormFunction', 'Unfit', 'read_linear', 'read_norm',
            'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
 
-# %% ../nbs/09b_blocks.ipynb #0b4f9dff
+# %% ../nbs/09b_blocks.ipynb #27ba544a
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -14,16 +14,19 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
-# %% ../nbs/09b_blocks.ipynb #b96dcab1
+# %% ../nbs/09b_blocks.ipynb #78b1396c
 def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
     "The (out, in) matrix of a frozen weight, dequantized if it is 4-bit (QLoRA, arXiv:2305.14314)."
     state = getattr(weight, "quant_state", None)
     if state is None: return weight if dtype is None else weight.to(dtype)
-    matrix = bnb.dequantize_4bit(weight.data, state)
+    if getattr(state, "packing_format_for_cpu", False):                 # evaluation on some CPUs leaves weights in another order
+        matrix = bnb.gemv_4bit(torch.eye(state.shape[1], dtype=state.dtype), weight.data, state=state).t()
+    else: matrix = bnb.dequantize_4bit(weight.data, state)
     return matrix if dtype is None else matrix.to(dtype)
 
-# %% ../nbs/09b_blocks.ipynb #55f76b4d
+# %% ../nbs/09b_blocks.ipynb #91664d1d
 @dataclass(eq=False)
 class Lin:
     "A frozen linear (in -> out) with an optional LoRA: y = x W' + b + scale * x A' B'."
@@ -52,11 +55,13 @@ def lin_backward(dy, x, lin:Lin, w=None, into=None) -> tuple:
     dx.addmm_(yb, A, alpha=lin.scale)
     return dx, (yb.t() @ x).mul_(lin.scale), (dy.t() @ xa).mul_(lin.scale)
 
-# %% ../nbs/09b_blocks.ipynb #f93a7319
+# %% ../nbs/09b_blocks.ipynb #1586c725
 def fused(formula):
     "A formula of tensors as one kernel on a GPU."
     kernel = torch.compile(formula)
-    def call(*args): return (kernel if args[0].is_cuda else formula)(*args)
+    def call(*args):
+        if not args[0].is_meta: return (kernel if args[0].is_cuda else formula)(*args)
+        with _disable_current_modes(): return formula(*args)           # imagined: what lies between is never held
     return call
 
 @fused
@@ -73,7 +78,7 @@ def rms_norm_grad(dn, h, w, eps:float, around):
     y = x*r
     return around + (r*(g - y*(g*y).mean(-1, keepdim=True))).to(h.dtype)
 
-# %% ../nbs/09b_blocks.ipynb #6b2774b0
+# %% ../nbs/09b_blocks.ipynb #262cee78
 @fused
 def swiglu(g, u): return F.silu(g)*u
 
@@ -94,7 +99,7 @@ def rope(q, k, cos, sin):
     "Rotary positions (arXiv:2104.09864): q, k (N, heads, d); cos, sin (N, d). With -sin it is its own gradient."
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
-# %% ../nbs/09b_blocks.ipynb #a5e08fc5
+# %% ../nbs/09b_blocks.ipynb #8c5f8653
 @dataclass(eq=False)
 class Spans:
     "Which tokens see each other: causal within spans, or as `mask` says."
@@ -109,7 +114,7 @@ def spans_of(lengths, device, mask=None) -> Spans:
     cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     return Spans(cu, max(lengths), mask, lengths)
 
-def _flash(q) -> bool: return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+def _flash(q) -> bool: return (q.is_cuda or q.is_meta) and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 def _general(q, k, v, spans:Spans, scale:float):
     "Attention by PyTorch's own dispatch: (N, heads, d) -> (N, heads, d)."
@@ -121,7 +126,7 @@ def _general(q, k, v, spans:Spans, scale:float):
     parts = zip(*(t.transpose(0, 1).split(spans.lengths, 1) for t in (q, k, v)))
     return torch.cat([F.scaled_dot_product_attention(*(t[None] for t in p), is_causal=True, scale=scale)[0] for p in parts], 1).transpose(0, 1)
 
-# %% ../nbs/09b_blocks.ipynb #498e9b43
+# %% ../nbs/09b_blocks.ipynb #230c159d
 def attend(q, k, v, spans:Spans, scale:float):
     "Causal attention of q (N, heads, d) over k, v (N, kv heads, d): (output, what `attend_grad` needs)."
     if spans.mask is not None or not _flash(q): return _general(q, k, v, spans, scale), None
@@ -138,7 +143,7 @@ def attend_grad(do, q, k, v, out, rest, spans:Spans, scale:float):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         return torch.autograd.grad(_general(*leaves, spans, scale), leaves, do)
 
-# %% ../nbs/09b_blocks.ipynb #9f9002cc
+# %% ../nbs/09b_blocks.ipynb #355492ce
 class Stash:
     "Keeps tensors on their device."
     def begin(self): pass
@@ -152,7 +157,7 @@ class Offload(Stash):
     def begin(self):
         "A new step: forget what is kept."
         self.slots, self.leaving, self.arriving = [], [], {}
-        self.side = self.side or torch.cuda.Stream()
+        if torch.cuda.is_available(): self.side = self.side or torch.cuda.Stream()
 
     def _page(self, i, tensor):
         size = tensor.numel()*tensor.element_size()
@@ -160,10 +165,19 @@ class Offload(Stash):
         return self.pool[i][:size].view(tensor.dtype).view(tensor.shape)
 
     def _release(self, keep:int):
-        while len(self.leaving) > keep: torch.cuda.current_stream().wait_event(self.leaving.pop(0)[1])
+        while len(self.leaving) > keep:
+            _, event = self.leaving.pop(0)
+            if event: torch.cuda.current_stream().wait_event(event)
 
-# %% ../nbs/09b_blocks.ipynb #09663b15
+# %% ../nbs/09b_blocks.ipynb #a766af16
+def _forget(self:Offload, tensor) -> int:
+    "Imagined offloading: what is known of a tensor that left."
+    self.leaving = [*self.leaving, (tensor, None)][-self.ahead:]
+    self.slots.append((tensor.shape, tensor.dtype))
+    return len(self.slots) - 1
+
 def _put(self:Offload, tensor):
+    if tensor.is_meta: return _forget(self, tensor)
     if not tensor.is_cuda: return tensor
     page = self._page(len(self.slots), tensor)
     self.side.wait_stream(torch.cuda.current_stream())
@@ -175,6 +189,9 @@ def _put(self:Offload, tensor):
 
 def _fetch(self:Offload, i:int):
     if i < 0 or i in self.arriving: return
+    if isinstance(self.slots[i], tuple):
+        self.arriving[i] = (torch.empty(self.slots[i][0], dtype=self.slots[i][1], device="meta"), None)
+        return
     tensor = torch.empty_like(self.slots[i], device="cuda", pin_memory=False)
     self.side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(self.side): tensor.copy_(self.slots[i], non_blocking=True)
@@ -185,12 +202,12 @@ def _get(self:Offload, slot):
     self._release(0)
     for i in range(slot, slot - self.ahead, -1): _fetch(self, i)
     tensor, event = self.arriving.pop(slot)
-    torch.cuda.current_stream().wait_event(event)
+    if event: torch.cuda.current_stream().wait_event(event)
     return tensor
 
 Offload.put, Offload.get = _put, _get
 
-# %% ../nbs/09b_blocks.ipynb #553a7bf0
+# %% ../nbs/09b_blocks.ipynb #e54ac4fc
 @dataclass(eq=False)
 class Plan:
     "How the blocks of one model run."
@@ -206,7 +223,7 @@ class Plan:
         step = -(-n//count)
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
-# %% ../nbs/09b_blocks.ipynb #e26de482
+# %% ../nbs/09b_blocks.ipynb #a9ae0150
 class Gradients:
     "Sums of adapter gradients over parts of a batch, in fp32 if there are several."
     def __init__(self, lins): self.lins, self.sums = lins, [None]*(2*len(lins))
@@ -237,7 +254,7 @@ def _down_grad(d, g, u, lin:Lin, w=None) -> tuple:
     if A is None: return dg, du, (None, None)
     return dg, du, ((yb.t() @ a).mul_(lin.scale), (d.t() @ (a @ A.t())).mul_(lin.scale))
 
-# %% ../nbs/09b_blocks.ipynb #1c01cc49
+# %% ../nbs/09b_blocks.ipynb #a55703ad
 class MlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, half:Mlp, *adapters):
@@ -269,7 +286,7 @@ class MlpFunction(torch.autograd.Function):
             dh[part] = rms_norm_grad(dn, h[part], half.norm, half.eps, d)
         return dh, None, *sums.all()
 
-# %% ../nbs/09b_blocks.ipynb #428a5330
+# %% ../nbs/09b_blocks.ipynb #0d429249
 @dataclass(eq=False)
 class Attention:
     "The attention half of a layer: h + o(attend(rope(q(n), k(n)), v(n))) with n = norm(h)."
@@ -325,7 +342,7 @@ class NormFunction(torch.autograd.Function):
         h, w = ctx.saved_tensors
         return rms_norm_grad(dn, h, w, ctx.eps, torch.zeros_like(dn)), None, None
 
-# %% ../nbs/09b_blocks.ipynb #f24b21b0
+# %% ../nbs/09b_blocks.ipynb #95d8e210
 class Unfit(Exception):
     "Why a layer cannot run as blocks."
 
@@ -353,7 +370,7 @@ def read_norm(module:nn.Module) -> tuple:
     _need(not module.weight.requires_grad, "a trainable norm")
     return module.weight, module.variance_epsilon
 
-# %% ../nbs/09b_blocks.ipynb #c29188e8
+# %% ../nbs/09b_blocks.ipynb #d81ddf47
 STANDARD = {"Llama", "Qwen2", "Qwen2VL", "Qwen2_5_VL", "Mistral", "SmolLM3", "Qwen2_5Omni"}          # classes <name>DecoderLayer read and checked
 
 def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
@@ -370,7 +387,7 @@ def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
 
 def _adapters(half): return [p for lin in half.lins for p in (lin.A, lin.B)]
 
-# %% ../nbs/09b_blocks.ipynb #00062bec
+# %% ../nbs/09b_blocks.ipynb #b5ba02c5
 def run_layer(halves, h, cos, sin) -> torch.Tensor:
     "h (B, L, C) through attention and MLP; cos, sin (B or 1, L, d)."
     b, length, width = h.shape

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'towers', 'without_grad', 'frozen_towers',
            'windows_attention', 'batched_windows', 'in_parts', 'tower_parts', 'HeadRows', 'LinearLoss', 'linear_loss',
-           'label_loss', 'host_embeddings', 'host_head', 'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute',
-           'blocks', 'half_adapters', 'Report', 'low_memory', 'FeatureCache']
+           'label_loss', 'in_host', 'host_embeddings', 'host_head', 'packed_weight', 'quantize_head', 'LinearFunction',
+           'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report', 'low_memory', 'FeatureCache']
 
-# %% ../nbs/09c_lowmem.ipynb #63ca7863
+# %% ../nbs/09c_lowmem.ipynb #5868f386
 import inspect
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes import nn as bnb_nn
+from bitsandbytes.functional import QuantState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
 
-# %% ../nbs/09c_lowmem.ipynb #7428151f
+# %% ../nbs/09c_lowmem.ipynb #8eb8d281
 def base_of(model:nn.Module) -> nn.Module:
     "The transformers model inside a `PeftModel`, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -41,7 +42,7 @@ def _tensors(value):
     if torch.is_tensor(value): yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (): yield from _tensors(item)
 
-# %% ../nbs/09c_lowmem.ipynb #4b20a72d
+# %% ../nbs/09c_lowmem.ipynb #7b28aaff
 def towers(model:nn.Module) -> dict[str, nn.Module]:
     "The encoders inside a model: the outermost modules with layers that hold no word embeddings."
     base = base_of(model)
@@ -68,7 +69,7 @@ def frozen_towers(model) -> str:
     for name in frozen: without_grad(base_of(model).get_submodule(name))
     return f"no gradients in {', '.join(frozen)}" if frozen else ""
 
-# %% ../nbs/09c_lowmem.ipynb #12c1af30
+# %% ../nbs/09c_lowmem.ipynb #2a293b0a
 WINDOWS = "flash_windows"
 
 def windows_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
@@ -98,7 +99,7 @@ def batched_windows(model) -> str:
         done.append(name)
     return f"one attention call per layer in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #bcc8a46e
+# %% ../nbs/09c_lowmem.ipynb #4ef765f2
 PARTS = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel")
 
 def in_parts(tower:nn.Module, patches:int):
@@ -124,7 +125,7 @@ def tower_parts(model, patches:int=16384) -> str:
     for name in done: in_parts(base_of(model).get_submodule(name), patches)
     return f"{patches} patches at a time in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #f3aa1cce
+# %% ../nbs/09c_lowmem.ipynb #cd3cf3e9
 class HeadRows:
     "Blocks of rows of an output head, dense on the device of the activations, wherever and however the head is kept."
     def __init__(self, head:nn.Linear, block:int|None): self.head, self.block = head, block
@@ -138,7 +139,8 @@ class HeadRows:
         weight = self.head.weight
         state = getattr(weight, "quant_state", None)
         if state is not None: return _rows_4bit(weight, state, first, last)
-        return weight[first:last].to(self.device, non_blocking=True)
+        piece = weight[first:last]
+        return piece.clone() if piece.is_meta and in_host(self.head) else piece.to(self.device, non_blocking=True)
 
     def on(self, device): self.device = device; return self
 
@@ -150,7 +152,7 @@ def _rows_4bit(weight, state, first, last):
     return torch.ops.bitsandbytes.dequantize_4bit(weight.data.view(-1, 1)[first*width//2:last*width//2], absmax.float()[first*per:last*per].contiguous(),
                                                   state.blocksize, state.quant_type, (last - first, width), state.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #3b1bcab2
+# %% ../nbs/09c_lowmem.ipynb #d739c6ab
 def _whole(h, w, targets):
     "Loss (R,) and its gradient (R, C) from all logits of some rows."
     logits = (h @ w.t()).float()
@@ -176,7 +178,7 @@ def _blockwise(h, rows, targets):
         mean.mul_(scale).add_(p.to(h.dtype) @ w)
     return (top + total.log() - gold)[:, 0], (mean/total - own).to(h.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #f3f7a785
+# %% ../nbs/09c_lowmem.ipynb #fad7b6fb
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, rows, targets, at_once:int):
@@ -194,7 +196,7 @@ def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=204
         return F.cross_entropy(head(h).float(), targets, reduction="none")
     return LinearLoss.apply(h, HeadRows(head, block), targets, at_once)
 
-# %% ../nbs/09c_lowmem.ipynb #4b82d556
+# %% ../nbs/09c_lowmem.ipynb #933ff539
 def label_loss(model, block:int|None=None) -> str:
     "Lever: training computes logits where there are labels, `block` words of the vocabulary at a time."
     base = base_of(model)
@@ -227,18 +229,23 @@ def _label_rows(labels) -> dict:
     rows = (shifted != -100).nonzero()[:, 0]
     return dict(rows=rows, targets=shifted[rows])
 
-# %% ../nbs/09c_lowmem.ipynb #8e882e35
+# %% ../nbs/09c_lowmem.ipynb #9024190a
+def in_host(module:nn.Module) -> bool:
+    "Whether a lever put the weight of `module` into host memory for good."
+    return "_apply" in vars(module)
+
 def _stay(module:nn.Module):
     "Keep the weight of `module` in host memory, page-locked if there is a GPU, whatever `.to()` the model gets."
-    weight = module.weight.data.cpu()
-    module.weight.data = weight.pin_memory() if torch.cuda.is_available() else weight
+    if not module.weight.is_meta:
+        weight = module.weight.data.cpu()
+        module.weight.data = weight.pin_memory() if torch.cuda.is_available() else weight
     module._apply = lambda fn, recurse=True: module
 
 def host_embeddings(model) -> str:
     "Lever: the input embedding stays in host memory. Not if it is trained, or tied to a head that stays on the GPU."
     words, head = base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings()
     if type(words) is not nn.Embedding or words.weight.requires_grad: return ""
-    if head is not None and head.weight is words.weight and "_apply" not in vars(head): return ""
+    if head is not None and head.weight is words.weight and not in_host(head): return ""
     size = words.weight.numel()*words.weight.element_size()
     _stay(words)
     def make(stock):
@@ -249,7 +256,7 @@ def host_embeddings(model) -> str:
     patch(words, make)
     return f"{size/2**20:.0f} MiB of embeddings in host memory"
 
-# %% ../nbs/09c_lowmem.ipynb #4247f49a
+# %% ../nbs/09c_lowmem.ipynb #038ef955
 def host_head(model, block:int=16384) -> str:
     "Lever: the output head stays in host memory and passes through the GPU in blocks of rows. Exact."
     head = base_of(model).get_output_embeddings()
@@ -259,6 +266,15 @@ def host_head(model, block:int=16384) -> str:
     patch(head, lambda stock: lambda h: stock(h) if h.device == head.weight.device else torch.cat([h @ w.t() for _, w in rows.on(h.device)], -1))
     return f"{size/2**20:.0f} MiB of head in host memory, {block} rows at a time"
 
+def packed_weight(weight, kind:str="nf4", module=None) -> bnb_nn.Params4bit:
+    "A weight (out, in) in 4 bits with double quantization, on its device; of an imagined weight, the sizes only."
+    if not weight.is_meta: return bnb_nn.Params4bit(weight, requires_grad=False, quant_type=kind, module=module).to(weight.device)
+    n, none = weight.numel(), partial(torch.empty, device="meta")
+    blocks = -(-n//64)
+    second = QuantState(none(-(-blocks//256)), dtype=torch.float32, code=none(256), blocksize=256)
+    state = QuantState(none(blocks, dtype=torch.uint8), shape=weight.shape, code=none(16), blocksize=64, quant_type=kind, dtype=weight.dtype, offset=none(()), state2=second)
+    return bnb_nn.Params4bit(none(n//2, 1, dtype=torch.uint8), quant_state=state, quant_type=kind, bnb_quantized=True, module=module)
+
 def quantize_head(model, kind:str="nf4") -> str:
     "Lever (not exact): the output head in 4 bits. It must not be tied to the embedding."
     base = base_of(model)
@@ -266,11 +282,11 @@ def quantize_head(model, kind:str="nf4") -> str:
     if type(head) is not nn.Linear or head.weight.requires_grad or head.weight is words.weight: return ""
     small = bnb_nn.Linear4bit(1, 1, bias=False, compute_dtype=head.weight.dtype, quant_type=kind)
     small.in_features, small.out_features = head.in_features, head.out_features
-    small.weight = bnb_nn.Params4bit(head.weight.data, requires_grad=False, quant_type=kind, module=small).to(head.weight.device)
+    small.weight = packed_weight(head.weight.data, kind, small)
     base.set_output_embeddings(small.train(head.training))
     return f"head in {kind}"
 
-# %% ../nbs/09c_lowmem.ipynb #72159e01
+# %% ../nbs/09c_lowmem.ipynb #483310bf
 class LinearFunction(torch.autograd.Function):
     "A frozen linear with its adapter as one operation that keeps its input only."
     @staticmethod
@@ -294,7 +310,7 @@ def fuse_linear(module:nn.Module):
         return forward
     patch(module, make)
 
-# %% ../nbs/09c_lowmem.ipynb #5931e714
+# %% ../nbs/09c_lowmem.ipynb #3057ffd2
 def _has_dropout(module) -> bool: return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
 
 def recompute(layer:GradientCheckpointingLayer):
@@ -341,7 +357,7 @@ def _fuse_linears(layer):
             try: fuse_linear(module)
             except Unfit: continue
 
-# %% ../nbs/09c_lowmem.ipynb #7a954ff5
+# %% ../nbs/09c_lowmem.ipynb #2e2d33f5
 def half_adapters(model) -> str:
     "Lever: adapters take the dtype of the activations (16 bits). Train them with `MasterAdamW`."
     dtype = base_of(model).dtype
@@ -351,7 +367,7 @@ def half_adapters(model) -> str:
     for p in wide: p.data = p.data.to(dtype)
     return f"{len(wide)} adapter matrices in {str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/09c_lowmem.ipynb #88ab0d0f
+# %% ../nbs/09c_lowmem.ipynb #18e22b48
 LEVERS = {  # in the order in which they are applied
     "frozen_towers": lambda model, o: frozen_towers(model),
     "windows": lambda model, o: batched_windows(model),
@@ -370,7 +386,7 @@ class Report:
     plan: Plan | None = None
     def __str__(self): return "\n".join(f"{name:14} {what or 'does not apply'}" for name, what in self.done.items())
 
-# %% ../nbs/09c_lowmem.ipynb #36e080a9
+# %% ../nbs/09c_lowmem.ipynb #af568bd4
 def low_memory(
     model:nn.Module,             # With its adapters in place and on its device
     levers=tuple(LEVERS),        # Which to switch on
@@ -385,7 +401,7 @@ def low_memory(
     if unknown := set(levers) - set(LEVERS): raise InputError("levers", f"unknown: {', '.join(sorted(unknown))}", f"choose from: {', '.join(LEVERS)}")
     if head not in ("keep", "host", "nf4"): raise InputError("head", f"unknown: '{head}'", "choose from: keep, host, nf4")
     if hasattr(model, "_mmqlora"): raise InputError("low_memory", "was applied to this model before")
-    cuda = any(p.is_cuda for p in model.parameters())
+    cuda = any(p.is_cuda or p.is_meta for p in model.parameters())
     plan = Plan(Offload() if offload and cuda else Plan().stash, mlp_bytes, keep_attention)
     options = dict(head=head, embeddings=("host" if cuda else "keep") if embeddings == "auto" else embeddings, plan=plan,
                    block=block or (16384 if cuda or head == "host" else None))
@@ -394,7 +410,7 @@ def low_memory(
         if name in levers: report.done[name] = lever(model, options)
     return report
 
-# %% ../nbs/09c_lowmem.ipynb #e077f1aa
+# %% ../nbs/09c_lowmem.ipynb #54d5cad0
 class FeatureCache:
     "Features of frozen towers by key: `with cache(key): model(**batch)` computes them once. `folder=None`: in memory only."
     def __init__(self, model, folder=None):
@@ -426,7 +442,7 @@ class FeatureCache:
             return getattr(modeling_outputs, kind)(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
         return forward
 
-# %% ../nbs/09c_lowmem.ipynb #e86ed5d5
+# %% ../nbs/09c_lowmem.ipynb #e1dfe6b6
 def _find(self:FeatureCache, key:str):
     "(kind, tensors) of a key, from memory or disk; None if there are none."
     path = self.folder and self.folder/f"{key}.safetensors"
