@@ -5,7 +5,7 @@ __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', '
            'text_linears', 'widen', 'build_model', 'make_batch', 'stock', 'set_up', 'clean', 'measure', 'stepper',
            'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'cells', 'name_of', 'efficiency']
 
-# %% ../nbs/12c_benchmark.ipynb #4ade6b46
+# %% ../nbs/12c_benchmark.ipynb #49e8121f
 import gc, time, traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +23,7 @@ from .core import InputError, git_commit, hardware, read_json, versions, write_j
 from .lowmem import LEVERS, low_memory, packed_weight, towers
 from .steps import MasterAdamW, pack, packed
 
-# %% ../nbs/12c_benchmark.ipynb #0edc1b03
+# %% ../nbs/12c_benchmark.ipynb #66428eea
 _IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
 _MROPE = dict(rope_parameters=dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6))
 
@@ -45,7 +45,7 @@ ARCHITECTURES = {  # name -> (model type, configuration)
         use_resampler=True, cross_layer_interval=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, freeze_text_layers=False, freeze_vision_layers=False)),
 }
 
-# %% ../nbs/12c_benchmark.ipynb #f9053710
+# %% ../nbs/12c_benchmark.ipynb #bc921c6a
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_heads": 2,
          "embed_dim": 64, "out_hidden_size": 64, "fullatt_block_indexes": [1], "mrope_section": [4, 6, 6], "resampler_depth": 1, "resampler_n_heads": 2,
          "resampler_head_dim": 16, "resampler_n_latents": 4, "cross_layer_interval": 1, "image_size": 56, "vocab_size": 256, "image_token_id": 250,
@@ -59,7 +59,7 @@ def config_of(name:str, small:bool=False):
     kind, config = ARCHITECTURES[name]
     return CONFIG_MAPPING[kind](**(shrink(config) if small else config))
 
-# %% ../nbs/12c_benchmark.ipynb #522d0f33
+# %% ../nbs/12c_benchmark.ipynb #ee314e3f
 def quantize_linears(model:nn.Module, kind:str="nf4", skip=("lm_head",)):
     "Replace every linear but the head by a 4-bit one, on its device."
     for name, module in list(model.named_modules()):
@@ -85,21 +85,20 @@ def widen(model):
         if p.is_floating_point(): p.data = p.data.float()
     return model
 
-def build_model(name:str, device:str, dtype=torch.bfloat16, small:bool=False, rank:int=16, layers:int|None=None):
-    "Architecture `name` with random NF4 weights and LoRA on all language linears; equal calls give equal weights."
-    config = config_of(name, small)
-    if layers: config.get_text_config().num_hidden_layers = layers
+def build_model(config, device:str, dtype=torch.bfloat16, small:bool=False, rank:int=16, quantization:str="nf4"):
+    "An architecture (name or configuration) with random weights and LoRA on all language linears; equal calls give equal weights."
+    config = config_of(config, small) if isinstance(config, str) else config
     torch.manual_seed(0)
     with torch.device(device): model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
-    quantize_linears(model)
+    if quantization != "none": quantize_linears(model, quantization)
     torch.manual_seed(1)
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2*rank, target_modules=text_linears(model)))
     for n, p in model.named_parameters():
         if "lora_B" in n: p.data.normal_(std=.01)
     return model.train()
 
-# %% ../nbs/12c_benchmark.ipynb #8f47686e
+# %% ../nbs/12c_benchmark.ipynb #2c8c48fd
 TEXT, LABELS = 128, 96
 
 def _ids(config, blocks:list[list[int]], device, text:int=TEXT):
@@ -130,7 +129,7 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     if pair == 1: return dict(**batch, video_merge_sizes=torch.tensor([2], device=device), video_compression_mask=torch.ones(tokens, dtype=torch.bool, device=device))
     return dict(**batch, mm_token_type_ids=2*(batch["input_ids"] == config.video_token_id).int())
 
-# %% ../nbs/12c_benchmark.ipynb #046af0f2
+# %% ../nbs/12c_benchmark.ipynb #4bfc6d82
 def stock(model, checkpointing:bool=True):
     "What one does without us: inputs that require gradients, checkpointing in every layer."
     model.enable_input_require_grads()
@@ -147,11 +146,11 @@ WAYS = {  # way -> (levers, options, checkpointing, logits at labels)
     "ours_nf4head": (tuple(LEVERS), {"head": "nf4"}, True, False),
 }
 
-def set_up(model, way:str):
-    "(loss of a batch, optimizer) for a way to step."
+def set_up(model, way:str, **more):
+    "(loss of a batch, optimizer) for a way to step; `more` goes to `low_memory`."
     levers, options, checkpointing, at_labels = WAYS[way]
     stock(model, checkpointing)
-    if levers: low_memory(model, levers, **options)
+    if levers: low_memory(model, levers, **options | more)
     params = [p for p in model.parameters() if p.requires_grad]
     half = any(p.dtype != torch.float32 for p in params)
     def loss(batch):
@@ -162,7 +161,7 @@ def set_up(model, way:str):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     return loss, MasterAdamW(params, lr=1e-5) if half else torch.optim.AdamW(params, lr=1e-5, fused=True)
 
-# %% ../nbs/12c_benchmark.ipynb #05c748ca
+# %% ../nbs/12c_benchmark.ipynb #a0cc2359
 def _sync(device):
     if device == "cuda": torch.cuda.synchronize()
 
@@ -197,7 +196,7 @@ def stepper(loss, optimizer, batch):
         return value.detach()
     return step
 
-# %% ../nbs/12c_benchmark.ipynb #6038fa90
+# %% ../nbs/12c_benchmark.ipynb #0a17ea4d
 def _dtype(device): return torch.bfloat16 if device == "cuda" else torch.float32
 
 def step_cell(cell:dict, device:str, small:bool) -> dict:
@@ -227,7 +226,7 @@ def packed_cell(cell:dict, device:str, small:bool) -> dict:
     with packed(model, tokens): out = measure(stepper(loss, optimizer, batch), device)
     return dict(out, tokens=sum(tokens), clips=tokens)
 
-# %% ../nbs/12c_benchmark.ipynb #2128f52c
+# %% ../nbs/12c_benchmark.ipynb #047af8ab
 def _gradients(name, way, frames, device, small, exact=False) -> tuple[float, dict]:
     model = build_model(name, device, torch.bfloat16, small)
     loss, _ = set_up(widen(model) if exact else model, way)
@@ -248,7 +247,7 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
                         worst=float(max(o/wanted[n].norm() for n, o in off.items())))
     return out
 
-# %% ../nbs/12c_benchmark.ipynb #1ecdea6b
+# %% ../nbs/12c_benchmark.ipynb #ed470966
 def profile_cell(cell:dict, device:str, small:bool) -> dict:
     "Where the time of one step goes: kernels by time, and the host's share."
     model = build_model(cell["model"], device, _dtype(device), small)
@@ -268,7 +267,7 @@ def profile_cell(cell:dict, device:str, small:bool) -> dict:
 
 KINDS = {"step": step_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
 
-# %% ../nbs/12c_benchmark.ipynb #be0efede
+# %% ../nbs/12c_benchmark.ipynb #e355aeaf
 BIG = "qwen2.5-vl-7b"
 
 def cells() -> list[dict]:
@@ -285,7 +284,7 @@ def cells() -> list[dict]:
 
 def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
 
-# %% ../nbs/12c_benchmark.ipynb #ac347186
+# %% ../nbs/12c_benchmark.ipynb #7ecf0418
 def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="") -> dict:
     "Measure the cells that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
