@@ -5,7 +5,7 @@ __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', '
            'text_linears', 'widen', 'build_model', 'make_batch', 'stock', 'set_up', 'clean', 'measure', 'stepper',
            'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'cells', 'name_of', 'efficiency']
 
-# %% ../nbs/12c_benchmark.ipynb #49e8121f
+# %% ../nbs/12c_benchmark.ipynb #1aa79ed7
 import gc, time, traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from .core import InputError, git_commit, hardware, read_json, versions, write_json
-from .lowmem import LEVERS, low_memory, packed_weight, towers
+from .lowmem import LEVERS, FeatureCache, low_memory, packed_weight, towers
 from .steps import MasterAdamW, pack, packed
 
-# %% ../nbs/12c_benchmark.ipynb #66428eea
+# %% ../nbs/12c_benchmark.ipynb #4b30b64e
 _IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
 _MROPE = dict(rope_parameters=dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6))
 
@@ -45,7 +45,7 @@ ARCHITECTURES = {  # name -> (model type, configuration)
         use_resampler=True, cross_layer_interval=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, freeze_text_layers=False, freeze_vision_layers=False)),
 }
 
-# %% ../nbs/12c_benchmark.ipynb #bc921c6a
+# %% ../nbs/12c_benchmark.ipynb #796d9398
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_heads": 2,
          "embed_dim": 64, "out_hidden_size": 64, "fullatt_block_indexes": [1], "mrope_section": [4, 6, 6], "resampler_depth": 1, "resampler_n_heads": 2,
          "resampler_head_dim": 16, "resampler_n_latents": 4, "cross_layer_interval": 1, "image_size": 56, "vocab_size": 256, "image_token_id": 250,
@@ -59,7 +59,7 @@ def config_of(name:str, small:bool=False):
     kind, config = ARCHITECTURES[name]
     return CONFIG_MAPPING[kind](**(shrink(config) if small else config))
 
-# %% ../nbs/12c_benchmark.ipynb #ee314e3f
+# %% ../nbs/12c_benchmark.ipynb #ab9f1ee0
 def quantize_linears(model:nn.Module, kind:str="nf4", skip=("lm_head",)):
     "Replace every linear but the head by a 4-bit one, on its device."
     for name, module in list(model.named_modules()):
@@ -98,7 +98,7 @@ def build_model(config, device:str, dtype=torch.bfloat16, small:bool=False, rank
         if "lora_B" in n: p.data.normal_(std=.01)
     return model.train()
 
-# %% ../nbs/12c_benchmark.ipynb #2c8c48fd
+# %% ../nbs/12c_benchmark.ipynb #0a1f9de7
 TEXT, LABELS = 128, 96
 
 def _ids(config, blocks:list[list[int]], device, text:int=TEXT):
@@ -129,7 +129,7 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     if pair == 1: return dict(**batch, video_merge_sizes=torch.tensor([2], device=device), video_compression_mask=torch.ones(tokens, dtype=torch.bool, device=device))
     return dict(**batch, mm_token_type_ids=2*(batch["input_ids"] == config.video_token_id).int())
 
-# %% ../nbs/12c_benchmark.ipynb #4bfc6d82
+# %% ../nbs/12c_benchmark.ipynb #6d55b64e
 def stock(model, checkpointing:bool=True):
     "What one does without us: inputs that require gradients, checkpointing in every layer."
     model.enable_input_require_grads()
@@ -139,10 +139,11 @@ ONE = {"tower": ("frozen_towers",), "windows": ("windows",), "tower+windows": ("
        "adapters": ("adapters",), "head_host": ("head",), "label_loss": ("label_loss",), "blocks": ("blocks",)}
 WAYS = {  # way -> (levers, options, checkpointing, logits at labels)
     "stock": ((), {}, True, False), "stock_labels": ((), {}, True, True), "stock_keep": ((), {}, False, True),
-    **{name: (levers, {"head": "host"} if name == "head_host" else {}, True, name not in ("label_loss", "head_host")) for name, levers in ONE.items()},
+    **{name: (levers, {"head": "stream"} if name == "head_host" else {}, True, name not in ("label_loss", "head_host")) for name, levers in ONE.items()},
     "ours": (tuple(LEVERS), {}, True, False),
     "ours_small": (tuple(LEVERS), {"head": "host", "offload": True}, True, False),
-    "ours_keep": (tuple(LEVERS), {"head": "host", "keep_attention": True}, True, False),
+    "ours_least": (tuple(LEVERS), {"head": "stream", "offload": True}, True, False),
+    "ours_keep": (tuple(LEVERS), {"head": "host", "offload": True, "keep_attention": True}, True, False),
     "ours_nf4head": (tuple(LEVERS), {"head": "nf4"}, True, False),
 }
 
@@ -161,7 +162,7 @@ def set_up(model, way:str, **more):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     return loss, MasterAdamW(params, lr=1e-5) if half else torch.optim.AdamW(params, lr=1e-5, fused=True)
 
-# %% ../nbs/12c_benchmark.ipynb #a0cc2359
+# %% ../nbs/12c_benchmark.ipynb #1c22d325
 def _sync(device):
     if device == "cuda": torch.cuda.synchronize()
 
@@ -196,8 +197,15 @@ def stepper(loss, optimizer, batch):
         return value.detach()
     return step
 
-# %% ../nbs/12c_benchmark.ipynb #0a17ea4d
+# %% ../nbs/12c_benchmark.ipynb #80fd6396
 def _dtype(device): return torch.bfloat16 if device == "cuda" else torch.float32
+
+def _remembered(model, loss):
+    "The loss, with the tower's features from a cache."
+    cache = FeatureCache(model)
+    def cached(batch):
+        with cache("clip"): return loss(batch)
+    return cached
 
 def step_cell(cell:dict, device:str, small:bool) -> dict:
     "Peak and time of one way to step."
@@ -209,6 +217,7 @@ def step_cell(cell:dict, device:str, small:bool) -> dict:
     clean(device)
     frames = min(cell["frames"], 8) if small else cell["frames"]
     batch = make_batch(model, frames, device, _dtype(device), side)
+    if cell.get("cached"): loss = _remembered(model, loss)
     out = measure(stepper(loss, optimizer, batch), device)
     report = getattr(model, "_mmqlora", None)
     return dict(out, tokens=batch["input_ids"].shape[1], build_s=round(built, 1), trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -226,7 +235,7 @@ def packed_cell(cell:dict, device:str, small:bool) -> dict:
     with packed(model, tokens): out = measure(stepper(loss, optimizer, batch), device)
     return dict(out, tokens=sum(tokens), clips=tokens)
 
-# %% ../nbs/12c_benchmark.ipynb #047af8ab
+# %% ../nbs/12c_benchmark.ipynb #c3be2531
 def _gradients(name, way, frames, device, small, exact=False) -> tuple[float, dict]:
     model = build_model(name, device, torch.bfloat16, small)
     loss, _ = set_up(widen(model) if exact else model, way)
@@ -247,7 +256,7 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
                         worst=float(max(o/wanted[n].norm() for n, o in off.items())))
     return out
 
-# %% ../nbs/12c_benchmark.ipynb #ed470966
+# %% ../nbs/12c_benchmark.ipynb #9b1eb806
 def profile_cell(cell:dict, device:str, small:bool) -> dict:
     "Where the time of one step goes: kernels by time, and the host's share."
     model = build_model(cell["model"], device, _dtype(device), small)
@@ -267,24 +276,26 @@ def profile_cell(cell:dict, device:str, small:bool) -> dict:
 
 KINDS = {"step": step_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
 
-# %% ../nbs/12c_benchmark.ipynb #e355aeaf
+# %% ../nbs/12c_benchmark.ipynb #650cf0e8
 BIG = "qwen2.5-vl-7b"
 
 def cells() -> list[dict]:
     "All cells, most important first."
     step = lambda way, frames, model=BIG, **more: dict(kind="step", model=model, way=way, frames=frames, **more)
-    return [step("ours", 32), step("stock_labels", 32), dict(kind="gradient", model="qwen2-vl-2b", frames=8, ways=["ours", "ours_small"]),
-            dict(kind="profile", model=BIG, way="ours", frames=32), step("ours_small", 32), step("ours_small", 128), step("ours", 128), step("stock_labels", 128),
-            step("ours_small", 64), step("ours_small", 512), step("ours_keep", 128), dict(kind="packed", model=BIG, way="ours", clips=[16, 48, 24, 32]),
-            *(step(way, 32) for way in ("tower+windows", "blocks", "stock", "ours_nf4head", "tower", "windows", "adapters", "embeddings", "head_host", "label_loss")),
+    seen = lambda way, frames: dict(kind="profile", model=BIG, way=way, frames=frames)
+    return [*(step("ours_small", f) for f in (32, 64, 128)), step("stock_labels", 32), dict(kind="packed", model=BIG, way="ours_small", clips=[16, 48, 24, 32]),
+            dict(kind="gradient", model="qwen2-vl-2b", frames=8, ways=["ours", "ours_small"]), seen("ours_small", 32),
+            step("ours", 32), step("ours_least", 32), step("ours_small", 32, cached=True), step("ours_keep", 128), step("ours_small", 512), step("ours", 128),
             *(step(way, 32, m) for m in ("qwen2-vl-2b", "video-llama3-7b") for way in ("ours", "stock_labels")),
             *(step(way, 16, "idefics-9b") for way in ("ours", "stock_labels")),
-            step("ours", 64), step("stock_labels", 64), step("ours", 512), step("stock_keep", 32), step("stock", 128), step("stock", 64),
-            dict(kind="profile", model=BIG, way="stock_labels", frames=32)]
+            *(step("ours", f, "qwen2-vl-2b", rank=r) for f, r in ((16, 8), (48, 64), (96, 16))), step("ours_small", 96, "qwen2-vl-2b", rank=32),
+            step("blocks", 32), step("ours_nf4head", 32), seen("ours_small", 128), step("stock_labels", 64), step("stock_labels", 128), step("stock", 32),
+            step("stock_keep", 32), *(step(way, 32) for way in ("tower+windows", "tower", "windows", "adapters", "embeddings", "head_host", "label_loss")),
+            step("stock", 64), step("stock", 128), seen("stock_labels", 32)]
 
 def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
 
-# %% ../nbs/12c_benchmark.ipynb #7ecf0418
+# %% ../nbs/12c_benchmark.ipynb #30cf4264
 def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="") -> dict:
     "Measure the cells that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -299,7 +310,7 @@ def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, 
         start = time.perf_counter()
         try: result = KINDS[cell["kind"]](cell, device, small)
         except Exception as error: result = dict(error=f"{type(error).__name__}: {str(error)[:300]}", where=traceback.format_exc().strip().splitlines()[-3:-1])
-        known["cells"][name] = dict(cell, **result, gpu=gpu, cell_s=round(time.perf_counter() - start, 1))
+        known["cells"][name] = dict(cell, **result, gpu=gpu, commit=known["commit"], cell_s=round(time.perf_counter() - start, 1))
         write_json(out, known)
         print(f"{time.perf_counter() - begin:5.0f} s  {name:40} " + (result.get("error") or " ".join(f"{k}={result[k]}" for k in ("step_ms", "peak_bytes", "wall_ms", "kernel_ms", "loss") if k in result)), flush=True)
         clean(device)

@@ -6,7 +6,7 @@ __all__ = ['STANDARD', 'dense', 'Lin', 'lin_forward', 'lin_backward', 'fused', '
            'Mlp', 'MlpFunction', 'Attention', 'AttentionFunction', 'NormFunction', 'Unfit', 'read_linear', 'read_norm',
            'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
 
-# %% ../nbs/09b_blocks.ipynb #27ba544a
+# %% ../nbs/09b_blocks.ipynb #a736dafb
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -16,17 +16,25 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-# %% ../nbs/09b_blocks.ipynb #78b1396c
+# %% ../nbs/09b_blocks.ipynb #28b511e9
 def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
     "The (out, in) matrix of a frozen weight, dequantized if it is 4-bit (QLoRA, arXiv:2305.14314)."
     state = getattr(weight, "quant_state", None)
     if state is None: return weight if dtype is None else weight.to(dtype)
     if getattr(state, "packing_format_for_cpu", False):                 # evaluation on some CPUs leaves weights in another order
         matrix = bnb.gemv_4bit(torch.eye(state.shape[1], dtype=state.dtype), weight.data, state=state).t()
-    else: matrix = bnb.dequantize_4bit(weight.data, state)
+    else: matrix = _dequantize(weight.data, state)
     return matrix if dtype is None else matrix.to(dtype)
 
-# %% ../nbs/09b_blocks.ipynb #91664d1d
+def _dequantize(packed, state) -> torch.Tensor:
+    "bitsandbytes' `dequantize_4bit` without its checks, which the host would repeat hundreds of times a step."
+    absmax = state.absmax
+    if state.nested:
+        second = state.state2
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(absmax, second.absmax, second.code, second.blocksize, second.dtype).add_(state.offset)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, state.blocksize, state.quant_type, state.shape, state.dtype)
+
+# %% ../nbs/09b_blocks.ipynb #00cbc4a5
 @dataclass(eq=False)
 class Lin:
     "A frozen linear (in -> out) with an optional LoRA: y = x W' + b + scale * x A' B'."
@@ -55,7 +63,7 @@ def lin_backward(dy, x, lin:Lin, w=None, into=None) -> tuple:
     dx.addmm_(yb, A, alpha=lin.scale)
     return dx, (yb.t() @ x).mul_(lin.scale), (dy.t() @ xa).mul_(lin.scale)
 
-# %% ../nbs/09b_blocks.ipynb #1586c725
+# %% ../nbs/09b_blocks.ipynb #663593a8
 def fused(formula):
     "A formula of tensors as one kernel on a GPU."
     kernel = torch.compile(formula)
@@ -78,7 +86,7 @@ def rms_norm_grad(dn, h, w, eps:float, around):
     y = x*r
     return around + (r*(g - y*(g*y).mean(-1, keepdim=True))).to(h.dtype)
 
-# %% ../nbs/09b_blocks.ipynb #262cee78
+# %% ../nbs/09b_blocks.ipynb #fd7a95ec
 @fused
 def swiglu(g, u): return F.silu(g)*u
 
@@ -99,7 +107,7 @@ def rope(q, k, cos, sin):
     "Rotary positions (arXiv:2104.09864): q, k (N, heads, d); cos, sin (N, d). With -sin it is its own gradient."
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
-# %% ../nbs/09b_blocks.ipynb #8c5f8653
+# %% ../nbs/09b_blocks.ipynb #70b5f825
 @dataclass(eq=False)
 class Spans:
     "Which tokens see each other: causal within spans, or as `mask` says."
@@ -126,7 +134,7 @@ def _general(q, k, v, spans:Spans, scale:float):
     parts = zip(*(t.transpose(0, 1).split(spans.lengths, 1) for t in (q, k, v)))
     return torch.cat([F.scaled_dot_product_attention(*(t[None] for t in p), is_causal=True, scale=scale)[0] for p in parts], 1).transpose(0, 1)
 
-# %% ../nbs/09b_blocks.ipynb #230c159d
+# %% ../nbs/09b_blocks.ipynb #419f0ec1
 def attend(q, k, v, spans:Spans, scale:float):
     "Causal attention of q (N, heads, d) over k, v (N, kv heads, d): (output, what `attend_grad` needs)."
     if spans.mask is not None or not _flash(q): return _general(q, k, v, spans, scale), None
@@ -143,7 +151,7 @@ def attend_grad(do, q, k, v, out, rest, spans:Spans, scale:float):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         return torch.autograd.grad(_general(*leaves, spans, scale), leaves, do)
 
-# %% ../nbs/09b_blocks.ipynb #355492ce
+# %% ../nbs/09b_blocks.ipynb #a1b2b6eb
 class Stash:
     "Keeps tensors on their device."
     def begin(self): pass
@@ -169,7 +177,7 @@ class Offload(Stash):
             _, event = self.leaving.pop(0)
             if event: torch.cuda.current_stream().wait_event(event)
 
-# %% ../nbs/09b_blocks.ipynb #a766af16
+# %% ../nbs/09b_blocks.ipynb #95d60269
 def _forget(self:Offload, tensor) -> int:
     "Imagined offloading: what is known of a tensor that left."
     self.leaving = [*self.leaving, (tensor, None)][-self.ahead:]
@@ -207,7 +215,7 @@ def _get(self:Offload, slot):
 
 Offload.put, Offload.get = _put, _get
 
-# %% ../nbs/09b_blocks.ipynb #e54ac4fc
+# %% ../nbs/09b_blocks.ipynb #a6c61a44
 @dataclass(eq=False)
 class Plan:
     "How the blocks of one model run."
@@ -223,7 +231,7 @@ class Plan:
         step = -(-n//count)
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
-# %% ../nbs/09b_blocks.ipynb #a9ae0150
+# %% ../nbs/09b_blocks.ipynb #97ee3ce1
 class Gradients:
     "Sums of adapter gradients over parts of a batch, in fp32 if there are several."
     def __init__(self, lins): self.lins, self.sums = lins, [None]*(2*len(lins))
@@ -254,7 +262,7 @@ def _down_grad(d, g, u, lin:Lin, w=None) -> tuple:
     if A is None: return dg, du, (None, None)
     return dg, du, ((yb.t() @ a).mul_(lin.scale), (d.t() @ (a @ A.t())).mul_(lin.scale))
 
-# %% ../nbs/09b_blocks.ipynb #a55703ad
+# %% ../nbs/09b_blocks.ipynb #e3ed9a58
 class MlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, half:Mlp, *adapters):
@@ -272,7 +280,7 @@ class MlpFunction(torch.autograd.Function):
         half, h = ctx.half, ctx.half.plan.stash.get(ctx.slot)
         (gate, up, down), sums, dh = half.lins, Gradients(half.lins), torch.empty_like(h)
         parts = half.plan.parts(len(h), gate.rows, h.element_size())
-        w = [dense(lin.weight, h.dtype) for lin in half.lins] if len(parts) > 1 else [None]*3
+        w = [dense(gate.weight, h.dtype), dense(up.weight, h.dtype), dense(down.weight, h.dtype) if len(parts) > 1 else None]
         for part in parts:
             d, n = dout[part], rms_norm(h[part], half.norm, half.eps)
             g, u = lin_forward(n, gate, w[0]), lin_forward(n, up, w[1])
@@ -286,7 +294,7 @@ class MlpFunction(torch.autograd.Function):
             dh[part] = rms_norm_grad(dn, h[part], half.norm, half.eps, d)
         return dh, None, *sums.all()
 
-# %% ../nbs/09b_blocks.ipynb #0d429249
+# %% ../nbs/09b_blocks.ipynb #2757e6be
 @dataclass(eq=False)
 class Attention:
     "The attention half of a layer: h + o(attend(rope(q(n), k(n)), v(n))) with n = norm(h)."
@@ -297,10 +305,10 @@ class Attention:
     scale: float
     plan: Plan
 
-    def project(self, h, cos, sin):
+    def project(self, h, cos, sin, w=(None,)*3):
         "Norm, projections, positions: (n, q, k, v)."
         n = rms_norm(h, self.norm, self.eps)
-        q, k, v = (lin_forward(n, lin).unflatten(1, (-1, self.dim)) for lin in self.lins[:3])
+        q, k, v = (lin_forward(n, lin, dense).unflatten(1, (-1, self.dim)) for lin, dense in zip(self.lins, w))
         return n, *rope(q, k, cos, sin), v
 
 class AttentionFunction(torch.autograd.Function):
@@ -317,7 +325,8 @@ class AttentionFunction(torch.autograd.Function):
     def backward(ctx, dout):
         half, h, (cos, sin) = ctx.half, ctx.half.plan.stash.get(ctx.slot), ctx.saved_tensors
         sums = Gradients(half.lins)
-        n, q, k, v = half.project(h, cos, sin)
+        w = [dense(lin.weight, h.dtype) for lin in half.lins[:3]]
+        n, q, k, v = half.project(h, cos, sin, w)
         out, rest = ctx.kept or attend(q, k, v, ctx.spans, half.scale)
         do, *grads = lin_backward(dout, out.flatten(1), half.lins[3])
         sums.add(3, *grads)
@@ -326,7 +335,7 @@ class AttentionFunction(torch.autograd.Function):
         dq, dk = rope(dq, dk, cos, -sin)
         dn = None
         for i, d in enumerate((dq, dk, dv)):
-            dn, *grads = lin_backward(d.flatten(1), n, half.lins[i], into=dn)
+            dn, *grads = lin_backward(d.flatten(1), n, half.lins[i], w[i], into=dn)
             sums.add(i, *grads)
         return rms_norm_grad(dn, h, half.norm, half.eps, dout), None, None, None, *sums.all()
 
@@ -342,7 +351,7 @@ class NormFunction(torch.autograd.Function):
         h, w = ctx.saved_tensors
         return rms_norm_grad(dn, h, w, ctx.eps, torch.zeros_like(dn)), None, None
 
-# %% ../nbs/09b_blocks.ipynb #95d8e210
+# %% ../nbs/09b_blocks.ipynb #84b40226
 class Unfit(Exception):
     "Why a layer cannot run as blocks."
 
@@ -370,7 +379,7 @@ def read_norm(module:nn.Module) -> tuple:
     _need(not module.weight.requires_grad, "a trainable norm")
     return module.weight, module.variance_epsilon
 
-# %% ../nbs/09b_blocks.ipynb #d81ddf47
+# %% ../nbs/09b_blocks.ipynb #454b6eb6
 STANDARD = {"Llama", "Qwen2", "Qwen2VL", "Qwen2_5_VL", "Mistral", "SmolLM3", "Qwen2_5Omni"}          # classes <name>DecoderLayer read and checked
 
 def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
@@ -387,7 +396,7 @@ def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
 
 def _adapters(half): return [p for lin in half.lins for p in (lin.A, lin.B)]
 
-# %% ../nbs/09b_blocks.ipynb #b5ba02c5
+# %% ../nbs/09b_blocks.ipynb #7eb7b2f8
 def run_layer(halves, h, cos, sin) -> torch.Tensor:
     "h (B, L, C) through attention and MLP; cos, sin (B or 1, L, d)."
     b, length, width = h.shape

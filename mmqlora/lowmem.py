@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'towers', 'without_grad', 'frozen_towers',
-           'windows_attention', 'batched_windows', 'in_parts', 'tower_parts', 'HeadRows', 'LinearLoss', 'linear_loss',
-           'label_loss', 'in_host', 'host_embeddings', 'host_head', 'packed_weight', 'quantize_head', 'LinearFunction',
-           'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report', 'low_memory', 'FeatureCache']
+           'windows_attention', 'batched_windows', 'align', 'aligned_towers', 'in_parts', 'tower_parts', 'HeadRows',
+           'LinearLoss', 'linear_loss', 'label_loss', 'in_host', 'host_embeddings', 'host_head', 'packed_weight',
+           'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report',
+           'low_memory', 'FeatureCache']
 
-# %% ../nbs/09c_lowmem.ipynb #5868f386
+# %% ../nbs/09c_lowmem.ipynb #cf876a54
 import inspect
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -26,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
 
-# %% ../nbs/09c_lowmem.ipynb #8eb8d281
+# %% ../nbs/09c_lowmem.ipynb #852d7f26
 def base_of(model:nn.Module) -> nn.Module:
     "The transformers model inside a `PeftModel`, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -42,7 +43,7 @@ def _tensors(value):
     if torch.is_tensor(value): yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (): yield from _tensors(item)
 
-# %% ../nbs/09c_lowmem.ipynb #7b28aaff
+# %% ../nbs/09c_lowmem.ipynb #fd7924f4
 def towers(model:nn.Module) -> dict[str, nn.Module]:
     "The encoders inside a model: the outermost modules with layers that hold no word embeddings."
     base = base_of(model)
@@ -65,11 +66,14 @@ def without_grad(tower:nn.Module):
 
 def frozen_towers(model) -> str:
     "Lever: every frozen tower runs without gradients."
-    frozen = [name for name, tower in towers(model).items() if is_frozen(tower)]
-    for name in frozen: without_grad(base_of(model).get_submodule(name))
+    frozen = {name: tower for name, tower in towers(model).items() if is_frozen(tower)}
+    for tower in frozen.values():
+        without_grad(tower)
+        for layer in tower.modules():
+            if isinstance(layer, GradientCheckpointingLayer): layer.gradient_checkpointing = False
     return f"no gradients in {', '.join(frozen)}" if frozen else ""
 
-# %% ../nbs/09c_lowmem.ipynb #2a293b0a
+# %% ../nbs/09c_lowmem.ipynb #cda991ab
 WINDOWS = "flash_windows"
 
 def windows_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
@@ -99,7 +103,30 @@ def batched_windows(model) -> str:
         done.append(name)
     return f"one attention call per layer in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #4ef765f2
+# %% ../nbs/09c_lowmem.ipynb #27f1e240
+def _wide(mlp) -> bool: return all(hasattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")) and mlp.gate_proj.out_features % 8 != 0
+
+def align(mlp:nn.Module):
+    "Run a frozen gated MLP with its inner width padded to a multiple of 8."
+    extra = -mlp.gate_proj.out_features % 8
+    def make(stock):
+        def forward(x):
+            if torch.is_grad_enabled() and x.requires_grad: return stock(x)
+            g, u = (F.linear(x, F.pad(dense(m.weight, x.dtype), (0, 0, 0, extra)), None if m.bias is None else F.pad(m.bias.to(x.dtype), (0, extra)))
+                    for m in (mlp.gate_proj, mlp.up_proj))
+            bias = mlp.down_proj.bias
+            return F.linear(mlp.act_fn(g).mul_(u), F.pad(dense(mlp.down_proj.weight, x.dtype), (0, extra)), None if bias is None else bias.to(x.dtype))
+        return forward
+    patch(mlp, make)
+
+def aligned_towers(model) -> str:
+    "Lever: MLPs of odd width in frozen towers are padded. Not with adapters, nor int8 weights."
+    plain = lambda mlp: all(type(getattr(mlp, f"{n}_proj")).__name__ in ("Linear", "Linear4bit") for n in ("gate", "up", "down"))
+    odd = [m for t in towers(model).values() if is_frozen(t) for m in t.modules() if _wide(m) and plain(m)]
+    for mlp in odd: align(mlp)
+    return f"{len(odd)} MLPs of width {odd[0].gate_proj.out_features} padded" if odd else ""
+
+# %% ../nbs/09c_lowmem.ipynb #98deac33
 PARTS = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel")
 
 def in_parts(tower:nn.Module, patches:int):
@@ -125,24 +152,47 @@ def tower_parts(model, patches:int=16384) -> str:
     for name in done: in_parts(base_of(model).get_submodule(name), patches)
     return f"{patches} patches at a time in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #cd3cf3e9
+# %% ../nbs/09c_lowmem.ipynb #439a1a17
 class HeadRows:
     "Blocks of rows of an output head, dense on the device of the activations, wherever and however the head is kept."
-    def __init__(self, head:nn.Linear, block:int|None): self.head, self.block = head, block
-    def __iter__(self):
+    def __init__(self, head:nn.Linear, block:int|None): self.head, self.block, self.ready = head, block, {}
+    def on(self, device):
+        self.device = device
+        return self
+
+    def spans(self):
         weight = self.head.weight
         rows = (getattr(weight, "quant_state", None) or weight).shape[0]
         step = self.block or rows
-        for first in range(0, rows, step): yield first, self.rows(first, min(first + step, rows))
+        return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+    def __iter__(self):
+        for first, last in self.spans(): yield first, self.rows(first, last)
 
     def rows(self, first:int, last:int) -> torch.Tensor:
         weight = self.head.weight
         state = getattr(weight, "quant_state", None)
         if state is not None: return _rows_4bit(weight, state, first, last)
+        if first in self.ready: return self._arrived(first)
         piece = weight[first:last]
         return piece.clone() if piece.is_meta and in_host(self.head) else piece.to(self.device, non_blocking=True)
 
-    def on(self, device): self.device = device; return self
+    def prefetch(self, device):
+        "Start copying the head from host memory on a second stream."
+        if device.type != "cuda": self.ready = {a: (self.head.weight[a:b].clone(), None) for a, b in self.spans()} if device.type == "meta" else {}
+        else: self.ready = {a: w for a, w in _copies(self, device)}
+
+    def _arrived(self, first):
+        piece, event = self.ready.pop(first)
+        if event: torch.cuda.current_stream().wait_event(event)
+        return piece
+
+def _copies(rows:HeadRows, device):
+    main, rows.side = torch.cuda.current_stream(), getattr(rows, "side", None) or torch.cuda.Stream()
+    blocks = [torch.empty(b - a, rows.head.weight.shape[1], dtype=rows.head.weight.dtype, device=device) for a, b in rows.spans()]
+    rows.side.wait_stream(main)
+    with torch.cuda.stream(rows.side):
+        for (a, b), block in zip(rows.spans(), blocks): yield a, (block.copy_(rows.head.weight[a:b], non_blocking=True), rows.side.record_event())
 
 def _rows_4bit(weight, state, first, last):
     "Rows of a 4-bit weight."
@@ -152,7 +202,7 @@ def _rows_4bit(weight, state, first, last):
     return torch.ops.bitsandbytes.dequantize_4bit(weight.data.view(-1, 1)[first*width//2:last*width//2], absmax.float()[first*per:last*per].contiguous(),
                                                   state.blocksize, state.quant_type, (last - first, width), state.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #d739c6ab
+# %% ../nbs/09c_lowmem.ipynb #d2fc89a0
 def _whole(h, w, targets):
     "Loss (R,) and its gradient (R, C) from all logits of some rows."
     logits = (h @ w.t()).float()
@@ -178,7 +228,7 @@ def _blockwise(h, rows, targets):
         mean.mul_(scale).add_(p.to(h.dtype) @ w)
     return (top + total.log() - gold)[:, 0], (mean/total - own).to(h.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #fad7b6fb
+# %% ../nbs/09c_lowmem.ipynb #c51a3054
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, rows, targets, at_once:int):
@@ -190,17 +240,18 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d): return ctx.saved_tensors[0]*d[:, None].to(ctx.saved_tensors[0].dtype), None, None, None
 
-def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=2048) -> torch.Tensor:
+def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=2048, rows:HeadRows|None=None) -> torch.Tensor:
     "Cross-entropy (R,) of `head(h)` with h (R, C) against targets (R,), never holding more than `at_once` x `block` logits."
     if head.weight.requires_grad or head.bias is not None:
         return F.cross_entropy(head(h).float(), targets, reduction="none")
-    return LinearLoss.apply(h, HeadRows(head, block), targets, at_once)
+    return LinearLoss.apply(h, rows or HeadRows(head, block), targets, at_once)
 
-# %% ../nbs/09c_lowmem.ipynb #933ff539
-def label_loss(model, block:int|None=None) -> str:
-    "Lever: training computes logits where there are labels, `block` words of the vocabulary at a time."
+# %% ../nbs/09c_lowmem.ipynb #7d15e91c
+def label_loss(model, block:int|None=None, prefetch:bool=False) -> str:
+    "Lever: training computes logits where there are labels, `block` words of the vocabulary at a time; a head in host memory is fetched meanwhile."
     base = base_of(model)
     head, now = base.get_output_embeddings(), {}
+    rows = HeadRows(head, block)
     if not isinstance(head, nn.Linear) or getattr(head, "out_additional_features", 0) or "loss_function" not in inspect.getsource(type(base).forward): return ""
     stock_loss = base.loss_function
 
@@ -208,12 +259,13 @@ def label_loss(model, block:int|None=None) -> str:
         return lambda hidden: now.update(hidden=hidden) or hidden[..., :1] if "rows" in now else stock(hidden)
     def loss(logits, labels, vocab_size=None, num_items_in_batch=None, **more):
         if "hidden" not in now: return stock_loss(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **more)
-        each = linear_loss(now["hidden"].flatten(0, 1)[now["rows"]], base.get_output_embeddings(), now["targets"], block)
+        each = linear_loss(now["hidden"].flatten(0, 1)[now["rows"]], head, now["targets"], block, rows=rows)
         return each.sum()/num_items_in_batch if num_items_in_batch is not None else each.mean()
     def forward(stock):
         def run(*args, labels=None, **kwargs):
             if labels is None or not (base.training and torch.is_grad_enabled()): return stock(*args, labels=labels, **kwargs)
             now.update(_label_rows(labels))
+            if prefetch and in_host(head): rows.prefetch(next(p.device for p in base.parameters() if p.requires_grad))
             try: out = stock(*args, labels=labels, **kwargs)
             finally: now.clear()
             if not isinstance(out, tuple): out["logits"] = None
@@ -229,7 +281,7 @@ def _label_rows(labels) -> dict:
     rows = (shifted != -100).nonzero()[:, 0]
     return dict(rows=rows, targets=shifted[rows])
 
-# %% ../nbs/09c_lowmem.ipynb #9024190a
+# %% ../nbs/09c_lowmem.ipynb #d9d8e213
 def in_host(module:nn.Module) -> bool:
     "Whether a lever put the weight of `module` into host memory for good."
     return "_apply" in vars(module)
@@ -256,7 +308,7 @@ def host_embeddings(model) -> str:
     patch(words, make)
     return f"{size/2**20:.0f} MiB of embeddings in host memory"
 
-# %% ../nbs/09c_lowmem.ipynb #038ef955
+# %% ../nbs/09c_lowmem.ipynb #e1d39b9e
 def host_head(model, block:int=16384) -> str:
     "Lever: the output head stays in host memory and passes through the GPU in blocks of rows. Exact."
     head = base_of(model).get_output_embeddings()
@@ -286,7 +338,7 @@ def quantize_head(model, kind:str="nf4") -> str:
     base.set_output_embeddings(small.train(head.training))
     return f"head in {kind}"
 
-# %% ../nbs/09c_lowmem.ipynb #483310bf
+# %% ../nbs/09c_lowmem.ipynb #643a264e
 class LinearFunction(torch.autograd.Function):
     "A frozen linear with its adapter as one operation that keeps its input only."
     @staticmethod
@@ -310,7 +362,7 @@ def fuse_linear(module:nn.Module):
         return forward
     patch(module, make)
 
-# %% ../nbs/09c_lowmem.ipynb #3057ffd2
+# %% ../nbs/09c_lowmem.ipynb #4faa69f0
 def _has_dropout(module) -> bool: return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
 
 def recompute(layer:GradientCheckpointingLayer):
@@ -327,10 +379,9 @@ def _decoder_layers(model) -> dict:
 def blocks(model, plan:Plan) -> str:
     "Lever: layers as blocks; checkpointing and fused linears where a layer is another."
     fused, other, why = 0, 0, set()
-    base_of(model).disable_input_require_grads()
-    for module in base_of(model).modules():
-        if isinstance(module, GradientCheckpointingLayer): module.gradient_checkpointing = False
+    _inputs_without_grad(model)
     for layer in _decoder_layers(model).values():
+        layer.gradient_checkpointing = False
         try:
             fuse_layer(layer, plan)
             fused += 1
@@ -342,6 +393,11 @@ def blocks(model, plan:Plan) -> str:
         _fuse_last_norm(model)
         patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.stash.begin() or stock(*args, **kwargs))
     return f"{fused} layers as blocks" + (f", {other} checkpointed ({', '.join(sorted(why))})" if other else "")
+
+def _inputs_without_grad(model):
+    "Take back `enable_input_require_grads`, which peft calls too (and forgets its first hooks when called again)."
+    hooks = base_of(model).get_input_embeddings()._forward_hooks
+    for key in [k for k, hook in hooks.items() if getattr(hook, "__name__", "") == "make_inputs_require_grads"]: del hooks[key]
 
 def _fuse_last_norm(model):
     "The norm below the head sees every token: it keeps its input only."
@@ -357,7 +413,7 @@ def _fuse_linears(layer):
             try: fuse_linear(module)
             except Unfit: continue
 
-# %% ../nbs/09c_lowmem.ipynb #2e2d33f5
+# %% ../nbs/09c_lowmem.ipynb #77c796dd
 def half_adapters(model) -> str:
     "Lever: adapters take the dtype of the activations (16 bits). Train them with `MasterAdamW`."
     dtype = base_of(model).dtype
@@ -367,14 +423,15 @@ def half_adapters(model) -> str:
     for p in wide: p.data = p.data.to(dtype)
     return f"{len(wide)} adapter matrices in {str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/09c_lowmem.ipynb #18e22b48
+# %% ../nbs/09c_lowmem.ipynb #339cd155
 LEVERS = {  # in the order in which they are applied
     "frozen_towers": lambda model, o: frozen_towers(model),
     "windows": lambda model, o: batched_windows(model),
+    "aligned": lambda model, o: aligned_towers(model),
     "tower_parts": lambda model, o: tower_parts(model),
-    "head": lambda model, o: {"host": host_head, "nf4": quantize_head}.get(o["head"], lambda m: "")(model),
+    "head": lambda model, o: {"host": host_head, "stream": host_head, "nf4": quantize_head}.get(o["head"], lambda m: "")(model),
     "embeddings": lambda model, o: host_embeddings(model) if o["embeddings"] == "host" else "",
-    "label_loss": lambda model, o: label_loss(model, o["block"]),
+    "label_loss": lambda model, o: label_loss(model, o["block"], o["head"] == "host"),
     "adapters": lambda model, o: half_adapters(model),
     "blocks": lambda model, o: blocks(model, o["plan"]),
 }
@@ -386,11 +443,11 @@ class Report:
     plan: Plan | None = None
     def __str__(self): return "\n".join(f"{name:14} {what or 'does not apply'}" for name, what in self.done.items())
 
-# %% ../nbs/09c_lowmem.ipynb #af568bd4
+# %% ../nbs/09c_lowmem.ipynb #5c9c83f9
 def low_memory(
     model:nn.Module,             # With its adapters in place and on its device
     levers=tuple(LEVERS),        # Which to switch on
-    head:str="keep",             # keep, host (streams from host memory, exact) or nf4 (not exact)
+    head:str="keep",             # keep; host: in host memory, fetched during the forward pass; stream: fetched block by block; nf4 (not exact)
     embeddings:str="auto",       # host, keep, or auto: host if the model is on a GPU
     offload:bool=False,          # Layer inputs wait in host memory
     keep_attention:bool=False,   # Keep attention outputs instead of computing them again
@@ -399,18 +456,18 @@ def low_memory(
 )->Report:                       # Printable
     "Make the training step of `model` smaller and faster, in place; evaluation is as before. Raises `InputError` for an unknown lever."
     if unknown := set(levers) - set(LEVERS): raise InputError("levers", f"unknown: {', '.join(sorted(unknown))}", f"choose from: {', '.join(LEVERS)}")
-    if head not in ("keep", "host", "nf4"): raise InputError("head", f"unknown: '{head}'", "choose from: keep, host, nf4")
+    if head not in ("keep", "host", "stream", "nf4"): raise InputError("head", f"unknown: '{head}'", "choose from: keep, host, stream, nf4")
     if hasattr(model, "_mmqlora"): raise InputError("low_memory", "was applied to this model before")
     cuda = any(p.is_cuda or p.is_meta for p in model.parameters())
     plan = Plan(Offload() if offload and cuda else Plan().stash, mlp_bytes, keep_attention)
     options = dict(head=head, embeddings=("host" if cuda else "keep") if embeddings == "auto" else embeddings, plan=plan,
-                   block=block or (16384 if cuda or head == "host" else None))
+                   block=block or (16384 if cuda or head in ("host", "stream") else None))
     model._mmqlora = report = Report(plan=plan)
     for name, lever in LEVERS.items():
         if name in levers: report.done[name] = lever(model, options)
     return report
 
-# %% ../nbs/09c_lowmem.ipynb #54d5cad0
+# %% ../nbs/09c_lowmem.ipynb #6e271ec1
 class FeatureCache:
     "Features of frozen towers by key: `with cache(key): model(**batch)` computes them once. `folder=None`: in memory only."
     def __init__(self, model, folder=None):
@@ -442,7 +499,7 @@ class FeatureCache:
             return getattr(modeling_outputs, kind)(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
         return forward
 
-# %% ../nbs/09c_lowmem.ipynb #e1dfe6b6
+# %% ../nbs/09c_lowmem.ipynb #6c27a645
 def _find(self:FeatureCache, key:str):
     "(kind, tensors) of a key, from memory or disk; None if there are none."
     path = self.folder and self.folder/f"{key}.safetensors"

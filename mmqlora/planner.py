@@ -4,7 +4,7 @@
 __all__ = ['WORKSPACE', 'CANDIDATES', 'Setting', 'Prediction', 'load_config', 'predict', 'Calibration', 'calibrate', 'gib',
            'plan', 'free_memory', 'fits_or_raise']
 
-# %% ../nbs/12d_planner.ipynb #6b977251
+# %% ../nbs/12d_planner.ipynb #2c1dee42
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +18,7 @@ from .core import InputError
 from .ledger import counted, held
 from .lowmem import in_host
 
-# %% ../nbs/12d_planner.ipynb #984d93ad
+# %% ../nbs/12d_planner.ipynb #4a1ed85f
 @dataclass(frozen=True)
 class Setting:
     "A training step: one clip, LoRA on all language linears."
@@ -26,12 +26,12 @@ class Setting:
     rank: int = 16
     quantization: str = "nf4"        # nf4, or none: 16-bit weights
     way: str = "ours"                # As in `benchmark.WAYS`
-    head: str = "keep"               # keep, host
+    head: str = "keep"               # keep, host, stream
     offload: bool = False            # Layer inputs in host memory
     side: int = 336                  # Pixels, where the tower takes any size
 
     def __str__(self):
-        extra = [w for w, on in (("head in host memory", self.head == "host"), ("layer inputs offloaded", self.offload)) if on]
+        extra = [w for w, on in (("head in host memory", self.head in ("host", "stream")), ("layer inputs offloaded", self.offload)) if on]
         weights = {"nf4": "NF4 weights", "none": "16-bit weights"}[self.quantization]
         return ", ".join([f"{self.frames} frames", f"rank {self.rank}", weights, *extra])
 
@@ -49,7 +49,7 @@ class Prediction:
     @property
     def activations(self) -> int: return self.peak - self.resident - self.optimizer
 
-# %% ../nbs/12d_planner.ipynb #a5a7ca16
+# %% ../nbs/12d_planner.ipynb #3f840a68
 WORKSPACE = 2*32*2**20                # bytes, on Hopper
 
 def load_config(model):
@@ -84,7 +84,7 @@ def predict(model, setting:Setting=Setting()) -> Prediction:
         del moments
     return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.flops, c.moved, c.launches)
 
-# %% ../nbs/12d_planner.ipynb #c470dc6c
+# %% ../nbs/12d_planner.ipynb #b3d0132f
 @dataclass(frozen=True)
 class Calibration:
     "Speed of a card: datasheet-like ceilings, and the factor between bound and truth."
@@ -100,8 +100,8 @@ def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Ca
     "The card on which the step of `p` took `seconds`."
     return replace(card, factor=seconds/card.bound(p))
 
-# %% ../nbs/12d_planner.ipynb #859f3914
-CANDIDATES = (dict(quantization="none"), dict(), dict(head="host"), dict(head="host", offload=True))
+# %% ../nbs/12d_planner.ipynb #c5d2b052
+CANDIDATES = (dict(quantization="none"), dict(), dict(head="host", offload=True), dict(head="stream", offload=True))
 
 def gib(size:int) -> str: return f"{size/2**30:.2f} GiB"
 
@@ -123,7 +123,7 @@ def _most_frames(config, setting:Setting, memory:int) -> Setting | None:
     while frames > 2 and _known(config, replace(setting, frames=frames)).peak > memory: frames -= 2
     return replace(setting, frames=max(2, frames))
 
-# %% ../nbs/12d_planner.ipynb #ec4f48d4
+# %% ../nbs/12d_planner.ipynb #1712d2fc
 def plan(
     model,                    # A configuration, a folder or hub name, or a name in `benchmark.ARCHITECTURES`
     memory:int,               # Bytes

@@ -3,14 +3,20 @@
 # %% auto #0
 __all__ = ['VISUAL', 'MasterAdamW', 'rows_of', 'MicroBatches', 'pack', 'packed']
 
-# %% ../nbs/09d_steps.ipynb #f26fa570
+# %% ../nbs/09d_steps.ipynb #8d528a7b
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
 from .core import InputError
 
-# %% ../nbs/09d_steps.ipynb #6f67b1bc
+# %% ../nbs/09d_steps.ipynb #aa0bf5f5
+def _wide(grads) -> list[torch.Tensor]:
+    "Gradients in fp32; narrow ones in one pass."
+    if all(g.dtype == torch.float32 for g in grads): return grads
+    flat = torch.cat([g.flatten() for g in grads]).float()
+    return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
+
 class MasterAdamW(torch.optim.Optimizer):
     "AdamW (arXiv:1711.05101) whose 16-bit parameters have fp32 masters; for fp32 parameters it is PyTorch's, bit for bit."
     def __init__(self, params, lr:float=1e-3, betas=(.9, .999), eps:float=1e-8, weight_decay:float=1e-2):
@@ -32,7 +38,7 @@ class MasterAdamW(torch.optim.Optimizer):
             states = [self._state(p) for p in params]
             masters = [s.get("master", p) for s, p in zip(states, params)]
             if not params: continue
-            adamw(masters, [p.grad.float() for p in params], *([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq")), [], [s["step"] for s in states],
+            adamw(masters, _wide([p.grad for p in params]), *([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq")), [], [s["step"] for s in states],
                   fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                   weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
             torch._foreach_copy_(params, masters)
@@ -43,7 +49,7 @@ class MasterAdamW(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, slot in state_dict["state"].items(): self.state[params[int(i)]] = {k: v.to(params[int(i)].device).clone() for k, v in slot.items()}
 
-# %% ../nbs/09d_steps.ipynb #c59cb363
+# %% ../nbs/09d_steps.ipynb #0a397314
 def rows_of(batch:dict, first:int, last:int) -> dict:
     "Rows of a batch whose tensors all have one row per example."
     return {k: v[first:last] for k, v in batch.items()}
@@ -72,7 +78,7 @@ class MicroBatches:
         self.log.append(self.size)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/09d_steps.ipynb #e8b27486
+# %% ../nbs/09d_steps.ipynb #7b056787
 VISUAL = ("pixel", "grid", "merge_sizes", "compression_mask")
 
 def _positions(base, row:dict) -> torch.Tensor:
