@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['STOCK_ATTENTION', 'Ledger', 'counted', 'held', 'peak_of']
 
-# %% ../nbs/12b_ledger.ipynb #6788500f
+# %% ../nbs/12b_ledger.ipynb #e84e9e56
 import weakref
 from math import prod
 
@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-# %% ../nbs/12b_ledger.ipynb #8fe274f3
+# %% ../nbs/12b_ledger.ipynb #2c179272
 def _register():
     "Formulas for what `torch.utils.flop_counter` does not know."
     if torch.ops.bitsandbytes.gemm_4bit not in flop_registry:
@@ -23,10 +23,16 @@ def _register():
     if torch.ops.aten.addmm_ not in flop_registry:
         @register_flop_formula(torch.ops.aten.addmm_)
         def _(to, a, b, out_shape=None, **kwargs): return 2*a[0]*a[1]*b[1]
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if cpu[0] not in flop_registry:
+        @register_flop_formula(cpu[0])
+        def _(q, k, v, *args, out_shape=None, **kwargs): return sdpa_flop_count(q, k, v)
+        @register_flop_formula(cpu[1])
+        def _(grad, q, k, v, *args, out_shape=None, **kwargs): return sdpa_backward_flop_count(grad, q, k, v)
 
 _register()
 
-# %% ../nbs/12b_ledger.ipynb #2a84dac1
+# %% ../nbs/12b_ledger.ipynb #5654f59a
 def _blocks(size:int) -> int: return -(-size//512)*512
 
 def _scratch(func, args) -> int:
@@ -39,7 +45,7 @@ def _scratch(func, args) -> int:
     n, dim = -(-n//128)*128 + 128, -(-dim//32)*32
     return n*heads*(4*dim + 4) + (2*q.numel()*q.element_size() if k.shape[1] != heads else 0)
 
-# %% ../nbs/12b_ledger.ipynb #0be2f198
+# %% ../nbs/12b_ledger.ipynb #e826ec4f
 class Ledger(TorchDispatchMode):
     "Live bytes and their peak, bytes moved and operations launched, of everything that runs inside."
     def __init__(self, imagined:bool=False):
@@ -77,7 +83,7 @@ class Ledger(TorchDispatchMode):
             self.note(_scratch(func, args) if self.imagined else 0, str(func))
         return out
 
-# %% ../nbs/12b_ledger.ipynb #2a3fffb9
+# %% ../nbs/12b_ledger.ipynb #aaa3a48e
 def _real(t) -> bool: return torch.is_tensor(t) and not t.is_meta
 
 def _imagine(func, args, kwargs, leaves):
@@ -88,6 +94,8 @@ def _imagine(func, args, kwargs, leaves):
     if func is torch.ops.aten._local_scalar_dense.default and leaves[0].is_meta: return 0.
     if all(t.is_meta for t in leaves) or not any(t.is_meta for t in leaves): return func(*args, **kwargs)
     if func is torch.ops.aten.copy_.default and _real(args[0]): return args[0]
+    if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        args = (args[0], [i for t in args[1] for i in (t.nonzero().unbind(1) if _real(t) and t.dtype == torch.bool else (t,))], *args[2:])
     args, kwargs = tree_map(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if _real(t) else t, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -100,7 +108,7 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=Non
 
 STOCK_ATTENTION = F.scaled_dot_product_attention
 
-# %% ../nbs/12b_ledger.ipynb #c2aafe7f
+# %% ../nbs/12b_ledger.ipynb #0f934c96
 class counted(Ledger):
     "Context that counts: `with counted() as c: step()`, then `c.peak`, `c.flops`, `c.moved`, `c.launches`."
     def __enter__(self):
@@ -116,7 +124,7 @@ class counted(Ledger):
         self.note()
         return self
 
-# %% ../nbs/12b_ledger.ipynb #41c4b192
+# %% ../nbs/12b_ledger.ipynb #3a6540fe
 def held(model) -> list[torch.Tensor]:
     "All tensors of a model: parameters, buffers, quantization states."
     states = [s for p in model.parameters() if (s := getattr(p, "quant_state", None)) is not None]

@@ -7,7 +7,7 @@ __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'tower
            'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report',
            'low_memory', 'FeatureCache']
 
-# %% ../nbs/09c_lowmem.ipynb #cf876a54
+# %% ../nbs/09c_lowmem.ipynb #f1221e5c
 import inspect
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
 
-# %% ../nbs/09c_lowmem.ipynb #852d7f26
+# %% ../nbs/09c_lowmem.ipynb #5440c269
 def base_of(model:nn.Module) -> nn.Module:
     "The transformers model inside a `PeftModel`, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -43,7 +43,7 @@ def _tensors(value):
     if torch.is_tensor(value): yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (): yield from _tensors(item)
 
-# %% ../nbs/09c_lowmem.ipynb #fd7924f4
+# %% ../nbs/09c_lowmem.ipynb #94f05ac2
 def towers(model:nn.Module) -> dict[str, nn.Module]:
     "The encoders inside a model: the outermost modules with layers that hold no word embeddings."
     base = base_of(model)
@@ -73,7 +73,7 @@ def frozen_towers(model) -> str:
             if isinstance(layer, GradientCheckpointingLayer): layer.gradient_checkpointing = False
     return f"no gradients in {', '.join(frozen)}" if frozen else ""
 
-# %% ../nbs/09c_lowmem.ipynb #cda991ab
+# %% ../nbs/09c_lowmem.ipynb #d1493277
 WINDOWS = "flash_windows"
 
 def windows_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
@@ -103,7 +103,7 @@ def batched_windows(model) -> str:
         done.append(name)
     return f"one attention call per layer in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #27f1e240
+# %% ../nbs/09c_lowmem.ipynb #fb47f159
 def _wide(mlp) -> bool: return all(hasattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")) and mlp.gate_proj.out_features % 8 != 0
 
 def align(mlp:nn.Module):
@@ -126,7 +126,7 @@ def aligned_towers(model) -> str:
     for mlp in odd: align(mlp)
     return f"{len(odd)} MLPs of width {odd[0].gate_proj.out_features} padded" if odd else ""
 
-# %% ../nbs/09c_lowmem.ipynb #98deac33
+# %% ../nbs/09c_lowmem.ipynb #b5a67442
 PARTS = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel")
 
 def in_parts(tower:nn.Module, patches:int):
@@ -152,7 +152,7 @@ def tower_parts(model, patches:int=16384) -> str:
     for name in done: in_parts(base_of(model).get_submodule(name), patches)
     return f"{patches} patches at a time in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #439a1a17
+# %% ../nbs/09c_lowmem.ipynb #a3fd4a46
 class HeadRows:
     "Blocks of rows of an output head, dense on the device of the activations, wherever and however the head is kept."
     def __init__(self, head:nn.Linear, block:int|None): self.head, self.block, self.ready = head, block, {}
@@ -202,7 +202,7 @@ def _rows_4bit(weight, state, first, last):
     return torch.ops.bitsandbytes.dequantize_4bit(weight.data.view(-1, 1)[first*width//2:last*width//2], absmax.float()[first*per:last*per].contiguous(),
                                                   state.blocksize, state.quant_type, (last - first, width), state.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #d2fc89a0
+# %% ../nbs/09c_lowmem.ipynb #1767e43b
 def _whole(h, w, targets):
     "Loss (R,) and its gradient (R, C) from all logits of some rows."
     logits = (h @ w.t()).float()
@@ -228,7 +228,7 @@ def _blockwise(h, rows, targets):
         mean.mul_(scale).add_(p.to(h.dtype) @ w)
     return (top + total.log() - gold)[:, 0], (mean/total - own).to(h.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #c51a3054
+# %% ../nbs/09c_lowmem.ipynb #da676aa5
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, rows, targets, at_once:int):
@@ -246,7 +246,7 @@ def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=204
         return F.cross_entropy(head(h).float(), targets, reduction="none")
     return LinearLoss.apply(h, rows or HeadRows(head, block), targets, at_once)
 
-# %% ../nbs/09c_lowmem.ipynb #7d15e91c
+# %% ../nbs/09c_lowmem.ipynb #269c5f00
 def label_loss(model, block:int|None=None, prefetch:bool=False) -> str:
     "Lever: training computes logits where there are labels, `block` words of the vocabulary at a time; a head in host memory is fetched meanwhile."
     base = base_of(model)
@@ -281,7 +281,7 @@ def _label_rows(labels) -> dict:
     rows = (shifted != -100).nonzero()[:, 0]
     return dict(rows=rows, targets=shifted[rows])
 
-# %% ../nbs/09c_lowmem.ipynb #d9d8e213
+# %% ../nbs/09c_lowmem.ipynb #ab05aa79
 def in_host(module:nn.Module) -> bool:
     "Whether a lever put the weight of `module` into host memory for good."
     return "_apply" in vars(module)
@@ -308,7 +308,7 @@ def host_embeddings(model) -> str:
     patch(words, make)
     return f"{size/2**20:.0f} MiB of embeddings in host memory"
 
-# %% ../nbs/09c_lowmem.ipynb #e1d39b9e
+# %% ../nbs/09c_lowmem.ipynb #04eb09c1
 def host_head(model, block:int=16384) -> str:
     "Lever: the output head stays in host memory and passes through the GPU in blocks of rows. Exact."
     head = base_of(model).get_output_embeddings()
@@ -338,7 +338,7 @@ def quantize_head(model, kind:str="nf4") -> str:
     base.set_output_embeddings(small.train(head.training))
     return f"head in {kind}"
 
-# %% ../nbs/09c_lowmem.ipynb #643a264e
+# %% ../nbs/09c_lowmem.ipynb #e9d389af
 class LinearFunction(torch.autograd.Function):
     "A frozen linear with its adapter as one operation that keeps its input only."
     @staticmethod
@@ -362,7 +362,7 @@ def fuse_linear(module:nn.Module):
         return forward
     patch(module, make)
 
-# %% ../nbs/09c_lowmem.ipynb #4faa69f0
+# %% ../nbs/09c_lowmem.ipynb #4164bbd6
 def _has_dropout(module) -> bool: return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
 
 def recompute(layer:GradientCheckpointingLayer):
@@ -413,7 +413,7 @@ def _fuse_linears(layer):
             try: fuse_linear(module)
             except Unfit: continue
 
-# %% ../nbs/09c_lowmem.ipynb #77c796dd
+# %% ../nbs/09c_lowmem.ipynb #fc6bf324
 def half_adapters(model) -> str:
     "Lever: adapters take the dtype of the activations (16 bits). Train them with `MasterAdamW`."
     dtype = base_of(model).dtype
@@ -423,7 +423,7 @@ def half_adapters(model) -> str:
     for p in wide: p.data = p.data.to(dtype)
     return f"{len(wide)} adapter matrices in {str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/09c_lowmem.ipynb #339cd155
+# %% ../nbs/09c_lowmem.ipynb #c447f6c9
 LEVERS = {  # in the order in which they are applied
     "frozen_towers": lambda model, o: frozen_towers(model),
     "windows": lambda model, o: batched_windows(model),
@@ -443,7 +443,7 @@ class Report:
     plan: Plan | None = None
     def __str__(self): return "\n".join(f"{name:14} {what or 'does not apply'}" for name, what in self.done.items())
 
-# %% ../nbs/09c_lowmem.ipynb #5c9c83f9
+# %% ../nbs/09c_lowmem.ipynb #982a9d4e
 def low_memory(
     model:nn.Module,             # With its adapters in place and on its device
     levers=tuple(LEVERS),        # Which to switch on
@@ -467,7 +467,7 @@ def low_memory(
         if name in levers: report.done[name] = lever(model, options)
     return report
 
-# %% ../nbs/09c_lowmem.ipynb #6e271ec1
+# %% ../nbs/09c_lowmem.ipynb #ba87abf8
 class FeatureCache:
     "Features of frozen towers by key: `with cache(key): model(**batch)` computes them once. `folder=None`: in memory only."
     def __init__(self, model, folder=None):
@@ -496,10 +496,10 @@ class FeatureCache:
             self.hits += 1
             kind, tensors = known
             device = next(_tensors([args, kwargs])).device
-            return getattr(modeling_outputs, kind)(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+            return getattr(modeling_outputs, kind)(**_nested({k: v.to(device, non_blocking=True) for k, v in tensors.items()}))
         return forward
 
-# %% ../nbs/09c_lowmem.ipynb #6c27a645
+# %% ../nbs/09c_lowmem.ipynb #f713cbb8
 def _find(self:FeatureCache, key:str):
     "(kind, tensors) of a key, from memory or disk; None if there are none."
     path = self.folder and self.folder/f"{key}.safetensors"
@@ -507,10 +507,20 @@ def _find(self:FeatureCache, key:str):
         with safe_open(path, "pt") as f: self.memory[key] = f.metadata()["kind"], {k: f.get_tensor(k) for k in f.keys()}
     return self.memory.get(key)
 
+def _nested(flat:dict) -> dict:
+    "`name`: a tensor; `name.0`, `name.1`: those of a tuple (a missing one is None)."
+    fields = {k: v for k, v in flat.items() if "." not in k}
+    for key in flat.keys() - fields.keys():
+        name, last = key.split(".")[0], max(int(k.split(".")[1]) for k in flat if k.startswith(key.split(".")[0] + "."))
+        fields[name] = tuple(flat.get(f"{name}.{i}") for i in range(last + 1))
+    return fields
+
 def _keep(self:FeatureCache, key:str, out):
-    "Keep a tower's output, if it holds nothing but tensors."
-    kind, tensors = type(out).__name__, {k: v.detach().cpu().contiguous() for k, v in out.items() if torch.is_tensor(v)}
-    if len(tensors) < len(out) or not hasattr(modeling_outputs, kind): return
+    "Keep a tower's output (tensors, or tuples of several)."
+    kind, flat = type(out).__name__, {k: v for k, v in out.items() if torch.is_tensor(v)}
+    flat |= {f"{k}.{i}": t for k, v in out.items() if isinstance(v, tuple) for i, t in enumerate(v)}
+    tensors = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in flat.items() if t is not None}
+    if not hasattr(modeling_outputs, kind): return
     self.memory[key] = kind, tensors
     if not self.folder: return
     self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 __all__ = ['WORKSPACE', 'CANDIDATES', 'Setting', 'Prediction', 'load_config', 'predict', 'Calibration', 'calibrate', 'gib',
            'plan', 'free_memory', 'fits_or_raise']
 
-# %% ../nbs/12d_planner.ipynb #2c1dee42
+# %% ../nbs/12d_planner.ipynb #effb82ee
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +18,7 @@ from .core import InputError
 from .ledger import counted, held
 from .lowmem import in_host
 
-# %% ../nbs/12d_planner.ipynb #4a1ed85f
+# %% ../nbs/12d_planner.ipynb #5ca1a36a
 @dataclass(frozen=True)
 class Setting:
     "A training step: one clip, LoRA on all language linears."
@@ -49,7 +49,7 @@ class Prediction:
     @property
     def activations(self) -> int: return self.peak - self.resident - self.optimizer
 
-# %% ../nbs/12d_planner.ipynb #3f840a68
+# %% ../nbs/12d_planner.ipynb #01b3c761
 WORKSPACE = 2*32*2**20                # bytes, on Hopper
 
 def load_config(model):
@@ -84,7 +84,7 @@ def predict(model, setting:Setting=Setting()) -> Prediction:
         del moments
     return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.flops, c.moved, c.launches)
 
-# %% ../nbs/12d_planner.ipynb #b3d0132f
+# %% ../nbs/12d_planner.ipynb #e14976f1
 @dataclass(frozen=True)
 class Calibration:
     "Speed of a card: datasheet-like ceilings, and the factor between bound and truth."
@@ -100,7 +100,7 @@ def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Ca
     "The card on which the step of `p` took `seconds`."
     return replace(card, factor=seconds/card.bound(p))
 
-# %% ../nbs/12d_planner.ipynb #c5d2b052
+# %% ../nbs/12d_planner.ipynb #acf9ea54
 CANDIDATES = (dict(quantization="none"), dict(), dict(head="host", offload=True), dict(head="stream", offload=True))
 
 def gib(size:int) -> str: return f"{size/2**30:.2f} GiB"
@@ -120,10 +120,12 @@ def _most_frames(config, setting:Setting, memory:int) -> Setting | None:
     if low.peak > memory: return None
     slope = (high.peak - low.peak)/(high.setting.frames - 2)
     frames = min(setting.frames, int(2 + (memory - low.peak)/max(slope, 1)))//2*2
-    while frames > 2 and _known(config, replace(setting, frames=frames)).peak > memory: frames -= 2
+    fits = lambda f: _known(config, replace(setting, frames=f)).peak <= memory
+    while frames > 2 and not fits(frames): frames -= 2
+    while frames + 2 < setting.frames and fits(frames + 2): frames += 2
     return replace(setting, frames=max(2, frames))
 
-# %% ../nbs/12d_planner.ipynb #1712d2fc
+# %% ../nbs/12d_planner.ipynb #70970677
 def plan(
     model,                    # A configuration, a folder or hub name, or a name in `benchmark.ARCHITECTURES`
     memory:int,               # Bytes
