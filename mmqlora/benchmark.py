@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', 'BIG', 'shrink', 'config_of', 'quantize_linears',
            'text_linears', 'widen', 'build_model', 'make_batch', 'stock', 'set_up', 'clean', 'measure', 'stepper',
-           'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'cells', 'name_of', 'efficiency']
+           'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'count_cell', 'cells', 'name_of', 'efficiency']
 
-# %% ../nbs/12c_benchmark.ipynb #1aa79ed7
+# %% ../nbs/12c_benchmark.ipynb #3e7dcc84
 import gc, time, traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from .core import InputError, git_commit, hardware, read_json, versions, write_json
+from .core import InputError, git_commit, read_json, result_record, write_json
+from .ledger import counted
 from .lowmem import LEVERS, FeatureCache, low_memory, packed_weight, towers
 from .steps import MasterAdamW, pack, packed
 
-# %% ../nbs/12c_benchmark.ipynb #4b30b64e
+# %% ../nbs/12c_benchmark.ipynb #ed16c384
 _IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
 _MROPE = dict(rope_parameters=dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6))
 
@@ -45,7 +46,7 @@ ARCHITECTURES = {  # name -> (model type, configuration)
         use_resampler=True, cross_layer_interval=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, freeze_text_layers=False, freeze_vision_layers=False)),
 }
 
-# %% ../nbs/12c_benchmark.ipynb #796d9398
+# %% ../nbs/12c_benchmark.ipynb #75df525d
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_heads": 2,
          "embed_dim": 64, "out_hidden_size": 64, "fullatt_block_indexes": [1], "mrope_section": [4, 6, 6], "resampler_depth": 1, "resampler_n_heads": 2,
          "resampler_head_dim": 16, "resampler_n_latents": 4, "cross_layer_interval": 1, "image_size": 56, "vocab_size": 256, "image_token_id": 250,
@@ -59,7 +60,7 @@ def config_of(name:str, small:bool=False):
     kind, config = ARCHITECTURES[name]
     return CONFIG_MAPPING[kind](**(shrink(config) if small else config))
 
-# %% ../nbs/12c_benchmark.ipynb #ab9f1ee0
+# %% ../nbs/12c_benchmark.ipynb #584ba2b6
 def quantize_linears(model:nn.Module, kind:str="nf4", skip=("lm_head",)):
     "Replace every linear but the head by a 4-bit one, on its device."
     for name, module in list(model.named_modules()):
@@ -98,7 +99,7 @@ def build_model(config, device:str, dtype=torch.bfloat16, small:bool=False, rank
         if "lora_B" in n: p.data.normal_(std=.01)
     return model.train()
 
-# %% ../nbs/12c_benchmark.ipynb #0a1f9de7
+# %% ../nbs/12c_benchmark.ipynb #abbd36fa
 TEXT, LABELS = 128, 96
 
 def _ids(config, blocks:list[list[int]], device, text:int=TEXT):
@@ -129,7 +130,7 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     if pair == 1: return dict(**batch, video_merge_sizes=torch.tensor([2], device=device), video_compression_mask=torch.ones(tokens, dtype=torch.bool, device=device))
     return dict(**batch, mm_token_type_ids=2*(batch["input_ids"] == config.video_token_id).int())
 
-# %% ../nbs/12c_benchmark.ipynb #6d55b64e
+# %% ../nbs/12c_benchmark.ipynb #a41ce74a
 def stock(model, checkpointing:bool=True):
     "What one does without us: inputs that require gradients, checkpointing in every layer."
     model.enable_input_require_grads()
@@ -162,7 +163,7 @@ def set_up(model, way:str, **more):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     return loss, MasterAdamW(params, lr=1e-5) if half else torch.optim.AdamW(params, lr=1e-5, fused=True)
 
-# %% ../nbs/12c_benchmark.ipynb #1c22d325
+# %% ../nbs/12c_benchmark.ipynb #28dcf593
 def _sync(device):
     if device == "cuda": torch.cuda.synchronize()
 
@@ -197,7 +198,7 @@ def stepper(loss, optimizer, batch):
         return value.detach()
     return step
 
-# %% ../nbs/12c_benchmark.ipynb #80fd6396
+# %% ../nbs/12c_benchmark.ipynb #9b45ba53
 def _dtype(device): return torch.bfloat16 if device == "cuda" else torch.float32
 
 def _remembered(model, loss):
@@ -235,7 +236,7 @@ def packed_cell(cell:dict, device:str, small:bool) -> dict:
     with packed(model, tokens): out = measure(stepper(loss, optimizer, batch), device)
     return dict(out, tokens=sum(tokens), clips=tokens)
 
-# %% ../nbs/12c_benchmark.ipynb #c3be2531
+# %% ../nbs/12c_benchmark.ipynb #a757befa
 def _gradients(name, way, frames, device, small, exact=False) -> tuple[float, dict]:
     model = build_model(name, device, torch.bfloat16, small)
     loss, _ = set_up(widen(model) if exact else model, way)
@@ -256,7 +257,7 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
                         worst=float(max(o/wanted[n].norm() for n, o in off.items())))
     return out
 
-# %% ../nbs/12c_benchmark.ipynb #9b1eb806
+# %% ../nbs/12c_benchmark.ipynb #5fd4b076
 def profile_cell(cell:dict, device:str, small:bool) -> dict:
     "Where the time of one step goes: kernels by time, and the host's share."
     model = build_model(cell["model"], device, _dtype(device), small)
@@ -274,9 +275,17 @@ def profile_cell(cell:dict, device:str, small:bool) -> dict:
     return dict(wall_ms=wall, kernel_ms=sum(getattr(e, key) for e in events)/1000, launches=sum(e.count for e in events),
                 top=[[e.key[:100], e.count, round(getattr(e, key)/1000, 2)] for e in top])
 
-KINDS = {"step": step_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
+def count_cell(cell:dict, device:str, small:bool) -> dict:
+    "Operations of a real step, without the optimizer."
+    model = build_model(cell["model"], device, _dtype(device), small)
+    loss, _ = set_up(model, cell["way"])
+    batch = make_batch(model, min(cell["frames"], 8) if small else cell["frames"], device, _dtype(device), 56 if small else 336)
+    with counted() as c: loss(batch).backward()
+    return dict(flops=c.flops, launches=c.launches, moved=c.moved)
 
-# %% ../nbs/12c_benchmark.ipynb #650cf0e8
+KINDS = {"step": step_cell, "count": count_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
+
+# %% ../nbs/12c_benchmark.ipynb #4b1ac4f6
 BIG = "qwen2.5-vl-7b"
 
 def cells() -> list[dict]:
@@ -288,6 +297,8 @@ def cells() -> list[dict]:
             step("ours", 32), step("ours_least", 32), step("ours_small", 32, cached=True), step("ours_keep", 128), step("ours_small", 512), step("ours", 128),
             *(step(way, 32, m) for m in ("qwen2-vl-2b", "video-llama3-7b") for way in ("ours", "stock_labels")),
             *(step(way, 16, "idefics-9b") for way in ("ours", "stock_labels")),
+            *(dict(kind="count", model=m, way=way, frames=f) for m, f, way in ((BIG, 32, "ours_small"), (BIG, 32, "stock_labels"), ("qwen2-vl-2b", 32, "ours"),
+                                                                               ("video-llama3-7b", 32, "ours"), ("idefics-9b", 16, "ours"))),
             *(step("ours", f, "qwen2-vl-2b", rank=r) for f, r in ((16, 8), (48, 64), (96, 16))), step("ours_small", 96, "qwen2-vl-2b", rank=32),
             step("blocks", 32), step("ours_nf4head", 32), seen("ours_small", 128), step("stock_labels", 64), step("stock_labels", 128), step("stock", 32),
             step("stock_keep", 32), *(step(way, 32) for way in ("tower+windows", "tower", "windows", "adapters", "embeddings", "head_host", "label_loss")),
@@ -295,14 +306,17 @@ def cells() -> list[dict]:
 
 def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
 
-# %% ../nbs/12c_benchmark.ipynb #30cf4264
+# %% ../nbs/12c_benchmark.ipynb #259f335a
 def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="") -> dict:
     "Measure the cells that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    known = read_json(out) if Path(out).is_file() else {"cells": {}}
+    if device == "cpu" and not small: raise InputError("efficiency", "these models need a GPU", "`small=True` walks the list with tiny ones")
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     torch._dynamo.config.recompile_limit = 64                           # one process sees many shapes
-    known |= dict(hardware=hardware() | {"gpu": gpu}, versions=versions(), commit=commit or git_commit(), date=time.strftime("%Y-%m-%d"), small=small)
+    before = read_json(out) if Path(out).is_file() else {}
+    known = result_record("efficiency", "gpu" if gpu else device, {"cells": cells(), "small": small}, {}, {}, cells=before.get("cells", {}),
+                          commit=commit or git_commit(), date=time.strftime("%Y-%m-%d"))
+    known["hardware"]["gpu"] = gpu
     for cell in cells():
         name = name_of(cell)
         if name in known["cells"] and "error" not in known["cells"][name] or only and not any(o in name for o in only): continue
@@ -310,8 +324,8 @@ def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, 
         start = time.perf_counter()
         try: result = KINDS[cell["kind"]](cell, device, small)
         except Exception as error: result = dict(error=f"{type(error).__name__}: {str(error)[:300]}", where=traceback.format_exc().strip().splitlines()[-3:-1])
-        known["cells"][name] = dict(cell, **result, gpu=gpu, commit=known["commit"], cell_s=round(time.perf_counter() - start, 1))
+        known["cells"][name] = dict(cell, **result, torch=torch.__version__, gpu=gpu, commit=known["commit"], cell_s=round(time.perf_counter() - start, 1))
         write_json(out, known)
-        print(f"{time.perf_counter() - begin:5.0f} s  {name:40} " + (result.get("error") or " ".join(f"{k}={result[k]}" for k in ("step_ms", "peak_bytes", "wall_ms", "kernel_ms", "loss") if k in result)), flush=True)
+        print(f"{time.perf_counter() - begin:5.0f} s  {name:40} " + (result.get("error") or " ".join(f"{k}={result[k]}" for k in ("step_ms", "peak_bytes", "wall_ms", "kernel_ms", "flops", "loss") if k in result)), flush=True)
         clean(device)
     return known
