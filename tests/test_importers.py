@@ -230,9 +230,15 @@ def test_from_annotations_by_the_command_line_to_the_frames_that_a_model_sees(tm
     records = read_records(root)
     for split, n in settings.profiles["here"].clips.items():
         sets, chosen = prepare(root, of_split(records, split, n), settings.frames, workers=1)
-        save_clips(tmp_path/f"{split}.safetensors", sets["entropy"])
-        clips = load_clips(tmp_path/f"{split}.safetensors")
+        save_clips(clone/f"artifacts/frames/entropy/{split}.safetensors", sets["entropy"])
+        clips = load_clips(clone/f"artifacts/frames/entropy/{split}.safetensors")
         assert clips.pixels.shape == (n, settings.frames.budget, 3, 32, 32) and (np.diff(chosen["entropy"]) > 0).all()
+    code = """from mmqlora.config import load_params, run_config
+from mmqlora.runs import load_split
+data = load_split(load_params(), run_config(load_params(), "qlora"), "test")
+print(len(data.clips), data.captions, data.galleries)"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ran.stdout.strip() == "2 ['caption 0 of video 4', 'caption 0 of video 5'] ['msrvtt-test', 'msrvtt-test']", ran.stderr[-500:]
     checked = command("corpus", cwd=clone)
     assert checked.returncode == 0 and "5 clips" in checked.stdout, checked.stderr
 
