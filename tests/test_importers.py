@@ -204,6 +204,18 @@ def test_a_file_in_another_format_is_one_line_that_names_it(tmp_path, place, nam
     assert str(tmp_path) in str(err.value) and "\n" not in str(err.value) and "format" in str(err.value) or "six fields" in str(err.value)
 
 
+@pytest.mark.parametrize("name, file, data", [
+    ("activitynet", "train.json", {"v_a": dict(duration=1, timestamps=[[0]], sentences=["a"])}),
+    ("activitynet", "train.json", {"v_a": dict(duration=1, timestamps=None, sentences=["a"])}),
+    ("howto100m", "caption.json", {"a": dict(start=["soon"], end=[1], text=["a"])}),
+    ("vatex", "vatex_training_v1.0.json", [dict(videoID=7, enCap=["a"])]),
+    ("ego4d-nlq", "nlq_train.json", dict(videos=[dict(video_uid="a", clips=[dict(clip_uid="b")])])),
+    ("msrvtt-qa", "train_qa.json", [dict(video_id=0, question=None, answer="a")])])
+def test_a_damaged_annotation_is_one_line_and_no_traceback(tmp_path, place, name, file, data):
+    write_json(tmp_path/file, data)
+    with pytest.raises(InputError, match="not in the format of"): import_corpus(name, [tmp_path/file], place("a.mp4"), tmp_path/"out")
+
+
 @pytest.fixture
 def clone(tmp_path):
     "A repository with nothing in it but params.yaml."
