@@ -4,7 +4,7 @@
 __all__ = ['WORKSPACE', 'CANDIDATES', 'Setting', 'Prediction', 'load_config', 'predict', 'Calibration', 'calibrate', 'compare',
            'gib', 'plan', 'free_memory', 'fits_or_raise']
 
-# %% ../nbs/12d_planner.ipynb #23fe78bd
+# %% ../nbs/12d_planner.ipynb #0159840c
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +18,7 @@ from .core import InputError
 from .ledger import counted, held
 from .lowmem import in_host
 
-# %% ../nbs/12d_planner.ipynb #df860ffa
+# %% ../nbs/12d_planner.ipynb #84b4dca3
 @dataclass(frozen=True)
 class Setting:
     "A training step: one clip, LoRA on all language linears."
@@ -49,8 +49,8 @@ class Prediction:
     @property
     def activations(self) -> int: return self.peak - self.resident - self.optimizer
 
-# %% ../nbs/12d_planner.ipynb #86cf6067
-WORKSPACE = 2*32*2**20                # bytes, on Hopper
+# %% ../nbs/12d_planner.ipynb #0ed4e979
+WORKSPACE = 144*2**20                 # bytes, on Hopper
 
 def load_config(model):
     "A configuration: of a name in the benchmark, of a folder or hub name, or itself."
@@ -65,7 +65,7 @@ def _optimizer_bytes(model) -> tuple[int, int]:
     narrow = sum(p.numel() for p in params if p.dtype != torch.float32)
     return 8*sum(p.numel() for p in params) + 4*narrow, 4*narrow
 
-# %% ../nbs/12d_planner.ipynb #1fcea13d
+# %% ../nbs/12d_planner.ipynb #e8efe7f0
 def predict(model, setting:Setting=Setting()) -> Prediction:
     "What one step needs, from the configuration alone. Raises `InputError` for a family whose inputs are not known."
     config = load_config(model)
@@ -85,7 +85,7 @@ def predict(model, setting:Setting=Setting()) -> Prediction:
         del moments
     return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.flops, c.moved, c.launches)
 
-# %% ../nbs/12d_planner.ipynb #8b512c7e
+# %% ../nbs/12d_planner.ipynb #68ea89b2
 @dataclass(frozen=True)
 class Calibration:
     "Speed of a card: datasheet-like ceilings, and the factor between bound and truth."
@@ -101,7 +101,7 @@ def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Ca
     "The card on which the step of `p` took `seconds`."
     return replace(card, factor=seconds/card.bound(p))
 
-# %% ../nbs/12d_planner.ipynb #aae1213d
+# %% ../nbs/12d_planner.ipynb #e5e77235
 def compare(cells:dict, known=()) -> list[dict]:
     "Predictions for the measured cells of a benchmark record, next to what was measured; `known`: those made before."
     out = {row["cell"]: row for row in known}
@@ -113,7 +113,7 @@ def compare(cells:dict, known=()) -> list[dict]:
         out[name] |= dict(measured_peak=cell.get("peak_bytes"), measured_ms=cell.get("step_ms"), measured_flops=cell.get("flops"))
     return list(out.values())
 
-# %% ../nbs/12d_planner.ipynb #c89964a3
+# %% ../nbs/12d_planner.ipynb #66a0595a
 CANDIDATES = (dict(quantization="none"), dict(), dict(head="host", offload=True), dict(head="stream", offload=True))
 
 def gib(size:int) -> str: return f"{size/2**30:.2f} GiB"
@@ -138,7 +138,7 @@ def _most_frames(config, setting:Setting, memory:int) -> Setting | None:
     while frames + 2 < setting.frames and fits(frames + 2): frames += 2
     return replace(setting, frames=max(2, frames))
 
-# %% ../nbs/12d_planner.ipynb #e86649ea
+# %% ../nbs/12d_planner.ipynb #34d029f9
 def plan(
     model,                    # A configuration, a folder or hub name, or a name in `benchmark.ARCHITECTURES`
     memory:int,               # Bytes
@@ -163,7 +163,7 @@ def free_memory() -> int:
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
-# %% ../nbs/12d_planner.ipynb #d75b921d
+# %% ../nbs/12d_planner.ipynb #e2538e64
 def fits_or_raise(model, setting:Setting, memory:int|None=None) -> Prediction:
     "Call before training: the prediction of `setting`, or an `InputError` with the nearest setting that fits (default memory: the GPU's)."
     memory = free_memory() if memory is None else memory
