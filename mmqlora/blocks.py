@@ -6,7 +6,7 @@ __all__ = ['STANDARD', 'dense', 'Lin', 'lin_forward', 'lin_backward', 'fused', '
            'Mlp', 'MlpFunction', 'Attention', 'AttentionFunction', 'NormFunction', 'Unfit', 'read_linear', 'read_norm',
            'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
 
-# %% ../nbs/09b_blocks.ipynb #a736dafb
+# %% ../nbs/09b_blocks.ipynb #ecb8204b
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-# %% ../nbs/09b_blocks.ipynb #28b511e9
+# %% ../nbs/09b_blocks.ipynb #379a2191
 def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
     "The (out, in) matrix of a frozen weight, dequantized if it is 4-bit (QLoRA, arXiv:2305.14314)."
     state = getattr(weight, "quant_state", None)
@@ -34,7 +34,7 @@ def _dequantize(packed, state) -> torch.Tensor:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(absmax, second.absmax, second.code, second.blocksize, second.dtype).add_(state.offset)
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, state.blocksize, state.quant_type, state.shape, state.dtype)
 
-# %% ../nbs/09b_blocks.ipynb #00cbc4a5
+# %% ../nbs/09b_blocks.ipynb #584d4393
 @dataclass(eq=False)
 class Lin:
     "A frozen linear (in -> out) with an optional LoRA: y = x W' + b + scale * x A' B'."
@@ -63,13 +63,14 @@ def lin_backward(dy, x, lin:Lin, w=None, into=None) -> tuple:
     dx.addmm_(yb, A, alpha=lin.scale)
     return dx, (yb.t() @ x).mul_(lin.scale), (dy.t() @ xa).mul_(lin.scale)
 
-# %% ../nbs/09b_blocks.ipynb #663593a8
+# %% ../nbs/09b_blocks.ipynb #66e39ca8
 def fused(formula):
     "A formula of tensors as one kernel on a GPU."
     kernel = torch.compile(formula)
     def call(*args):
         if not args[0].is_meta: return (kernel if args[0].is_cuda else formula)(*args)
-        with _disable_current_modes(): return formula(*args)           # imagined: what lies between is never held
+        with _disable_current_modes(): out = formula(*args)            # imagined: what lies between is never held
+        return out.detach() if torch.is_tensor(out) else tuple(t.detach() for t in out)
     return call
 
 @fused
@@ -86,7 +87,7 @@ def rms_norm_grad(dn, h, w, eps:float, around):
     y = x*r
     return around + (r*(g - y*(g*y).mean(-1, keepdim=True))).to(h.dtype)
 
-# %% ../nbs/09b_blocks.ipynb #fd7a95ec
+# %% ../nbs/09b_blocks.ipynb #41055d4e
 @fused
 def swiglu(g, u): return F.silu(g)*u
 
@@ -107,7 +108,7 @@ def rope(q, k, cos, sin):
     "Rotary positions (arXiv:2104.09864): q, k (N, heads, d); cos, sin (N, d). With -sin it is its own gradient."
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
-# %% ../nbs/09b_blocks.ipynb #70b5f825
+# %% ../nbs/09b_blocks.ipynb #89e57fe6
 @dataclass(eq=False)
 class Spans:
     "Which tokens see each other: causal within spans, or as `mask` says."
@@ -134,7 +135,7 @@ def _general(q, k, v, spans:Spans, scale:float):
     parts = zip(*(t.transpose(0, 1).split(spans.lengths, 1) for t in (q, k, v)))
     return torch.cat([F.scaled_dot_product_attention(*(t[None] for t in p), is_causal=True, scale=scale)[0] for p in parts], 1).transpose(0, 1)
 
-# %% ../nbs/09b_blocks.ipynb #419f0ec1
+# %% ../nbs/09b_blocks.ipynb #41d4dc4f
 def attend(q, k, v, spans:Spans, scale:float):
     "Causal attention of q (N, heads, d) over k, v (N, kv heads, d): (output, what `attend_grad` needs)."
     if spans.mask is not None or not _flash(q): return _general(q, k, v, spans, scale), None
@@ -151,7 +152,7 @@ def attend_grad(do, q, k, v, out, rest, spans:Spans, scale:float):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         return torch.autograd.grad(_general(*leaves, spans, scale), leaves, do)
 
-# %% ../nbs/09b_blocks.ipynb #a1b2b6eb
+# %% ../nbs/09b_blocks.ipynb #977780c9
 class Stash:
     "Keeps tensors on their device."
     def begin(self): pass
@@ -177,7 +178,7 @@ class Offload(Stash):
             _, event = self.leaving.pop(0)
             if event: torch.cuda.current_stream().wait_event(event)
 
-# %% ../nbs/09b_blocks.ipynb #95d60269
+# %% ../nbs/09b_blocks.ipynb #3634133d
 def _forget(self:Offload, tensor) -> int:
     "Imagined offloading: what is known of a tensor that left."
     self.leaving = [*self.leaving, (tensor, None)][-self.ahead:]
@@ -205,6 +206,7 @@ def _fetch(self:Offload, i:int):
     with torch.cuda.stream(self.side): tensor.copy_(self.slots[i], non_blocking=True)
     self.arriving[i] = (tensor, self.side.record_event())
 
+# %% ../nbs/09b_blocks.ipynb #38142821
 def _get(self:Offload, slot):
     if torch.is_tensor(slot): return slot
     self._release(0)
@@ -215,7 +217,7 @@ def _get(self:Offload, slot):
 
 Offload.put, Offload.get = _put, _get
 
-# %% ../nbs/09b_blocks.ipynb #a6c61a44
+# %% ../nbs/09b_blocks.ipynb #7dc7e79b
 @dataclass(eq=False)
 class Plan:
     "How the blocks of one model run."
@@ -231,7 +233,7 @@ class Plan:
         step = -(-n//count)
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
-# %% ../nbs/09b_blocks.ipynb #97ee3ce1
+# %% ../nbs/09b_blocks.ipynb #8fb84474
 class Gradients:
     "Sums of adapter gradients over parts of a batch, in fp32 if there are several."
     def __init__(self, lins): self.lins, self.sums = lins, [None]*(2*len(lins))
@@ -262,7 +264,7 @@ def _down_grad(d, g, u, lin:Lin, w=None) -> tuple:
     if A is None: return dg, du, (None, None)
     return dg, du, ((yb.t() @ a).mul_(lin.scale), (d.t() @ (a @ A.t())).mul_(lin.scale))
 
-# %% ../nbs/09b_blocks.ipynb #e3ed9a58
+# %% ../nbs/09b_blocks.ipynb #3e704c7a
 class MlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, half:Mlp, *adapters):
@@ -294,7 +296,7 @@ class MlpFunction(torch.autograd.Function):
             dh[part] = rms_norm_grad(dn, h[part], half.norm, half.eps, d)
         return dh, None, *sums.all()
 
-# %% ../nbs/09b_blocks.ipynb #2757e6be
+# %% ../nbs/09b_blocks.ipynb #e47d5300
 @dataclass(eq=False)
 class Attention:
     "The attention half of a layer: h + o(attend(rope(q(n), k(n)), v(n))) with n = norm(h)."
@@ -311,6 +313,7 @@ class Attention:
         q, k, v = (lin_forward(n, lin, dense).unflatten(1, (-1, self.dim)) for lin, dense in zip(self.lins, w))
         return n, *rope(q, k, cos, sin), v
 
+# %% ../nbs/09b_blocks.ipynb #fc1bb05e
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, half:Attention, cos, sin, *adapters):
@@ -339,6 +342,7 @@ class AttentionFunction(torch.autograd.Function):
             sums.add(i, *grads)
         return rms_norm_grad(dn, h, half.norm, half.eps, dout), None, None, None, *sums.all()
 
+# %% ../nbs/09b_blocks.ipynb #1d6a93f5
 class NormFunction(torch.autograd.Function):
     "RMS norm that keeps its 16-bit input only."
     @staticmethod
@@ -351,7 +355,7 @@ class NormFunction(torch.autograd.Function):
         h, w = ctx.saved_tensors
         return rms_norm_grad(dn, h, w, ctx.eps, torch.zeros_like(dn)), None, None
 
-# %% ../nbs/09b_blocks.ipynb #84b40226
+# %% ../nbs/09b_blocks.ipynb #5eeaa264
 class Unfit(Exception):
     "Why a layer cannot run as blocks."
 
@@ -379,7 +383,7 @@ def read_norm(module:nn.Module) -> tuple:
     _need(not module.weight.requires_grad, "a trainable norm")
     return module.weight, module.variance_epsilon
 
-# %% ../nbs/09b_blocks.ipynb #454b6eb6
+# %% ../nbs/09b_blocks.ipynb #770e83e6
 STANDARD = {"Llama", "Qwen2", "Qwen2VL", "Qwen2_5_VL", "Mistral", "SmolLM3", "Qwen2_5Omni"}          # classes <name>DecoderLayer read and checked
 
 def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
@@ -396,7 +400,7 @@ def read_layer(layer:nn.Module, plan:Plan) -> tuple[Attention, Mlp]:
 
 def _adapters(half): return [p for lin in half.lins for p in (lin.A, lin.B)]
 
-# %% ../nbs/09b_blocks.ipynb #7eb7b2f8
+# %% ../nbs/09b_blocks.ipynb #e3945cb5
 def run_layer(halves, h, cos, sin) -> torch.Tensor:
     "h (B, L, C) through attention and MLP; cos, sin (B or 1, L, d)."
     b, length, width = h.shape
@@ -426,6 +430,7 @@ def fuse_layer(layer:nn.Module, plan:Plan):
         return run_layer(halves, hidden_states, *position_embeddings)
     layer.forward = MethodType(forward, layer)
 
+# %% ../nbs/09b_blocks.ipynb #5e3925b6
 def fuse_norm(norm:nn.Module):
     "Make a frozen RMS norm keep its input only while it trains. Raises `Unfit`."
     (weight, eps), stock = read_norm(norm), norm.forward

@@ -143,6 +143,7 @@ def _bytes(text:str) -> int:
         if text.endswith(unit) and text.removesuffix(unit).replace(".", "", 1).isdigit(): return int(float(text.removesuffix(unit))*size)
     raise InputError("--memory", f"not a size: '{text}'", "a number and GiB or MiB, such as 8GiB")
 
+# %% ../nbs/15_cli.ipynb #4f44b315
 @command
 def plan(model: Annotated[str, typer.Argument(help="Folder with a config.json, hub name, or an architecture of the benchmark (qwen2.5-vl-7b, ...).")],
          memory: Annotated[str, typer.Option(help="Memory of the GPU, such as 8GiB.")],

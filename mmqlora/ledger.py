@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['STOCK_ATTENTION', 'Ledger', 'counted', 'held', 'peak_of']
 
-# %% ../nbs/12b_ledger.ipynb #e84e9e56
+# %% ../nbs/12b_ledger.ipynb #5959003d
 import weakref
 from math import prod
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-# %% ../nbs/12b_ledger.ipynb #2c179272
+# %% ../nbs/12b_ledger.ipynb #a9f14ca5
 def _register():
     "Formulas for what `torch.utils.flop_counter` does not know."
     if torch.ops.bitsandbytes.gemm_4bit not in flop_registry:
@@ -32,7 +32,7 @@ def _register():
 
 _register()
 
-# %% ../nbs/12b_ledger.ipynb #5654f59a
+# %% ../nbs/12b_ledger.ipynb #c31c759a
 def _blocks(size:int) -> int: return -(-size//512)*512
 
 def _scratch(func, args) -> int:
@@ -45,7 +45,7 @@ def _scratch(func, args) -> int:
     n, dim = -(-n//128)*128 + 128, -(-dim//32)*32
     return n*heads*(4*dim + 4) + (2*q.numel()*q.element_size() if k.shape[1] != heads else 0)
 
-# %% ../nbs/12b_ledger.ipynb #e826ec4f
+# %% ../nbs/12b_ledger.ipynb #0840effb
 class Ledger(TorchDispatchMode):
     "Live bytes and their peak, bytes moved and operations launched, of everything that runs inside."
     def __init__(self, imagined:bool=False):
@@ -75,15 +75,21 @@ class Ledger(TorchDispatchMode):
         out = _imagine(func, args, kwargs, given) if self.imagined else func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if torch.is_tensor(t)]
         for t in made: self.see(t)
-        if not func.is_view and any(t.is_meta == self.imagined for t in made):
-            self.launches += 1
-            self.moved += sum(t.numel()*t.element_size() for t in (*given, *made) if t.is_meta == self.imagined)
-            formula = flop_registry.get(func.overloadpacket)
-            if formula: self.flops += formula(*args, **kwargs, out_val=out)
-            self.note(_scratch(func, args) if self.imagined else 0, str(func))
+        if not func.is_view and any(t.is_meta == self.imagined for t in made): self.count(func, args, kwargs, out, (*given, *made))
         return out
 
-# %% ../nbs/12b_ledger.ipynb #aaa3a48e
+# %% ../nbs/12b_ledger.ipynb #12f986d6
+def _count(self:Ledger, func, args, kwargs, out, tensors):
+    "One operation: its launch, the bytes it reads and writes, what it computes and holds."
+    self.launches += 1
+    self.moved += sum(t.numel()*t.element_size() for t in tensors if t.is_meta == self.imagined)
+    formula = flop_registry.get(func.overloadpacket)
+    if formula: self.flops += formula(*args, **kwargs, out_val=out)
+    self.note(_scratch(func, args) if self.imagined else 0, str(func))
+
+Ledger.count = _count
+
+# %% ../nbs/12b_ledger.ipynb #180589b8
 def _real(t) -> bool: return torch.is_tensor(t) and not t.is_meta
 
 def _imagine(func, args, kwargs, leaves):
@@ -108,7 +114,7 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=Non
 
 STOCK_ATTENTION = F.scaled_dot_product_attention
 
-# %% ../nbs/12b_ledger.ipynb #0f934c96
+# %% ../nbs/12b_ledger.ipynb #88f48284
 class counted(Ledger):
     "Context that counts: `with counted() as c: step()`, then `c.peak`, `c.flops`, `c.moved`, `c.launches`."
     def __enter__(self):
@@ -124,7 +130,7 @@ class counted(Ledger):
         self.note()
         return self
 
-# %% ../nbs/12b_ledger.ipynb #3a6540fe
+# %% ../nbs/12b_ledger.ipynb #ba7269da
 def held(model) -> list[torch.Tensor]:
     "All tensors of a model: parameters, buffers, quantization states."
     states = [s for p in model.parameters() if (s := getattr(p, "quant_state", None)) is not None]

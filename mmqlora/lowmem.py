@@ -7,7 +7,7 @@ __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'tower
            'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report',
            'low_memory', 'FeatureCache']
 
-# %% ../nbs/09c_lowmem.ipynb #f1221e5c
+# %% ../nbs/09c_lowmem.ipynb #64607725
 import inspect
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
 
-# %% ../nbs/09c_lowmem.ipynb #5440c269
+# %% ../nbs/09c_lowmem.ipynb #6ffe2d58
 def base_of(model:nn.Module) -> nn.Module:
     "The transformers model inside a `PeftModel`, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -43,7 +43,7 @@ def _tensors(value):
     if torch.is_tensor(value): yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (): yield from _tensors(item)
 
-# %% ../nbs/09c_lowmem.ipynb #94f05ac2
+# %% ../nbs/09c_lowmem.ipynb #1849090e
 def towers(model:nn.Module) -> dict[str, nn.Module]:
     "The encoders inside a model: the outermost modules with layers that hold no word embeddings."
     base = base_of(model)
@@ -73,7 +73,7 @@ def frozen_towers(model) -> str:
             if isinstance(layer, GradientCheckpointingLayer): layer.gradient_checkpointing = False
     return f"no gradients in {', '.join(frozen)}" if frozen else ""
 
-# %% ../nbs/09c_lowmem.ipynb #d1493277
+# %% ../nbs/09c_lowmem.ipynb #ce930812
 WINDOWS = "flash_windows"
 
 def windows_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
@@ -103,7 +103,7 @@ def batched_windows(model) -> str:
         done.append(name)
     return f"one attention call per layer in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #fb47f159
+# %% ../nbs/09c_lowmem.ipynb #89331aca
 def _wide(mlp) -> bool: return all(hasattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")) and mlp.gate_proj.out_features % 8 != 0
 
 def align(mlp:nn.Module):
@@ -126,7 +126,7 @@ def aligned_towers(model) -> str:
     for mlp in odd: align(mlp)
     return f"{len(odd)} MLPs of width {odd[0].gate_proj.out_features} padded" if odd else ""
 
-# %% ../nbs/09c_lowmem.ipynb #b5a67442
+# %% ../nbs/09c_lowmem.ipynb #4059e6cd
 PARTS = ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel")
 
 def in_parts(tower:nn.Module, patches:int):
@@ -152,7 +152,7 @@ def tower_parts(model, patches:int=16384) -> str:
     for name in done: in_parts(base_of(model).get_submodule(name), patches)
     return f"{patches} patches at a time in {', '.join(done)}" if done else ""
 
-# %% ../nbs/09c_lowmem.ipynb #a3fd4a46
+# %% ../nbs/09c_lowmem.ipynb #f76d5fa8
 class HeadRows:
     "Blocks of rows of an output head, dense on the device of the activations, wherever and however the head is kept."
     def __init__(self, head:nn.Linear, block:int|None): self.head, self.block, self.ready = head, block, {}
@@ -187,6 +187,7 @@ class HeadRows:
         if event: torch.cuda.current_stream().wait_event(event)
         return piece
 
+# %% ../nbs/09c_lowmem.ipynb #edd56a7b
 def _copies(rows:HeadRows, device):
     main, rows.side = torch.cuda.current_stream(), getattr(rows, "side", None) or torch.cuda.Stream()
     blocks = [torch.empty(b - a, rows.head.weight.shape[1], dtype=rows.head.weight.dtype, device=device) for a, b in rows.spans()]
@@ -202,7 +203,7 @@ def _rows_4bit(weight, state, first, last):
     return torch.ops.bitsandbytes.dequantize_4bit(weight.data.view(-1, 1)[first*width//2:last*width//2], absmax.float()[first*per:last*per].contiguous(),
                                                   state.blocksize, state.quant_type, (last - first, width), state.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #1767e43b
+# %% ../nbs/09c_lowmem.ipynb #f7bc4fad
 def _whole(h, w, targets):
     "Loss (R,) and its gradient (R, C) from all logits of some rows."
     logits = (h @ w.t()).float()
@@ -228,7 +229,7 @@ def _blockwise(h, rows, targets):
         mean.mul_(scale).add_(p.to(h.dtype) @ w)
     return (top + total.log() - gold)[:, 0], (mean/total - own).to(h.dtype)
 
-# %% ../nbs/09c_lowmem.ipynb #da676aa5
+# %% ../nbs/09c_lowmem.ipynb #d5222d6b
 class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, rows, targets, at_once:int):
@@ -246,7 +247,7 @@ def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=204
         return F.cross_entropy(head(h).float(), targets, reduction="none")
     return LinearLoss.apply(h, rows or HeadRows(head, block), targets, at_once)
 
-# %% ../nbs/09c_lowmem.ipynb #269c5f00
+# %% ../nbs/09c_lowmem.ipynb #9041ec52
 def label_loss(model, block:int|None=None, prefetch:bool=False) -> str:
     "Lever: training computes logits where there are labels, `block` words of the vocabulary at a time; a head in host memory is fetched meanwhile."
     base = base_of(model)
@@ -275,13 +276,14 @@ def label_loss(model, block:int|None=None, prefetch:bool=False) -> str:
     base.loss_function = loss
     return f"logits at labels only, {block or 'all'} words at a time"
 
+# %% ../nbs/09c_lowmem.ipynb #2d5ca20e
 def _label_rows(labels) -> dict:
     "Flat positions whose next token has a label, and these labels."
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
     rows = (shifted != -100).nonzero()[:, 0]
     return dict(rows=rows, targets=shifted[rows])
 
-# %% ../nbs/09c_lowmem.ipynb #ab05aa79
+# %% ../nbs/09c_lowmem.ipynb #bdf8b716
 def in_host(module:nn.Module) -> bool:
     "Whether a lever put the weight of `module` into host memory for good."
     return "_apply" in vars(module)
@@ -308,14 +310,14 @@ def host_embeddings(model) -> str:
     patch(words, make)
     return f"{size/2**20:.0f} MiB of embeddings in host memory"
 
-# %% ../nbs/09c_lowmem.ipynb #04eb09c1
+# %% ../nbs/09c_lowmem.ipynb #76e76763
 def host_head(model, block:int=16384) -> str:
     "Lever: the output head stays in host memory and passes through the GPU in blocks of rows. Exact."
     head = base_of(model).get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None: return ""
     size, rows = head.weight.numel()*head.weight.element_size(), HeadRows(head, block)
     _stay(head)
-    patch(head, lambda stock: lambda h: stock(h) if h.device == head.weight.device else torch.cat([h @ w.t() for _, w in rows.on(h.device)], -1))
+    patch(head, lambda stock: lambda h: stock(h) if h.device == head.weight.device and not h.is_meta else torch.cat([h @ w.t() for _, w in rows.on(h.device)], -1))
     return f"{size/2**20:.0f} MiB of head in host memory, {block} rows at a time"
 
 def packed_weight(weight, kind:str="nf4", module=None) -> bnb_nn.Params4bit:
@@ -338,7 +340,7 @@ def quantize_head(model, kind:str="nf4") -> str:
     base.set_output_embeddings(small.train(head.training))
     return f"head in {kind}"
 
-# %% ../nbs/09c_lowmem.ipynb #e9d389af
+# %% ../nbs/09c_lowmem.ipynb #3ef5f3ee
 class LinearFunction(torch.autograd.Function):
     "A frozen linear with its adapter as one operation that keeps its input only."
     @staticmethod
@@ -362,7 +364,7 @@ def fuse_linear(module:nn.Module):
         return forward
     patch(module, make)
 
-# %% ../nbs/09c_lowmem.ipynb #4164bbd6
+# %% ../nbs/09c_lowmem.ipynb #c4186cdf
 def _has_dropout(module) -> bool: return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
 
 def recompute(layer:GradientCheckpointingLayer):
@@ -394,6 +396,7 @@ def blocks(model, plan:Plan) -> str:
         patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.stash.begin() or stock(*args, **kwargs))
     return f"{fused} layers as blocks" + (f", {other} checkpointed ({', '.join(sorted(why))})" if other else "")
 
+# %% ../nbs/09c_lowmem.ipynb #f3677e75
 def _inputs_without_grad(model):
     "Take back `enable_input_require_grads`, which peft calls too (and forgets its first hooks when called again)."
     hooks = base_of(model).get_input_embeddings()._forward_hooks
@@ -413,7 +416,7 @@ def _fuse_linears(layer):
             try: fuse_linear(module)
             except Unfit: continue
 
-# %% ../nbs/09c_lowmem.ipynb #fc6bf324
+# %% ../nbs/09c_lowmem.ipynb #92186ba7
 def half_adapters(model) -> str:
     "Lever: adapters take the dtype of the activations (16 bits). Train them with `MasterAdamW`."
     dtype = base_of(model).dtype
@@ -423,7 +426,7 @@ def half_adapters(model) -> str:
     for p in wide: p.data = p.data.to(dtype)
     return f"{len(wide)} adapter matrices in {str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/09c_lowmem.ipynb #c447f6c9
+# %% ../nbs/09c_lowmem.ipynb #b50aae43
 LEVERS = {  # in the order in which they are applied
     "frozen_towers": lambda model, o: frozen_towers(model),
     "windows": lambda model, o: batched_windows(model),
@@ -443,7 +446,7 @@ class Report:
     plan: Plan | None = None
     def __str__(self): return "\n".join(f"{name:14} {what or 'does not apply'}" for name, what in self.done.items())
 
-# %% ../nbs/09c_lowmem.ipynb #982a9d4e
+# %% ../nbs/09c_lowmem.ipynb #1af7bc3f
 def low_memory(
     model:nn.Module,             # With its adapters in place and on its device
     levers=tuple(LEVERS),        # Which to switch on
@@ -467,7 +470,7 @@ def low_memory(
         if name in levers: report.done[name] = lever(model, options)
     return report
 
-# %% ../nbs/09c_lowmem.ipynb #ba87abf8
+# %% ../nbs/09c_lowmem.ipynb #acfa0718
 class FeatureCache:
     "Features of frozen towers by key: `with cache(key): model(**batch)` computes them once. `folder=None`: in memory only."
     def __init__(self, model, folder=None):
@@ -499,7 +502,7 @@ class FeatureCache:
             return getattr(modeling_outputs, kind)(**_nested({k: v.to(device, non_blocking=True) for k, v in tensors.items()}))
         return forward
 
-# %% ../nbs/09c_lowmem.ipynb #f713cbb8
+# %% ../nbs/09c_lowmem.ipynb #236a36ba
 def _find(self:FeatureCache, key:str):
     "(kind, tensors) of a key, from memory or disk; None if there are none."
     path = self.folder and self.folder/f"{key}.safetensors"

@@ -3,20 +3,21 @@
 # %% auto #0
 __all__ = ['VISUAL', 'MasterAdamW', 'rows_of', 'MicroBatches', 'pack', 'packed']
 
-# %% ../nbs/09d_steps.ipynb #8d528a7b
+# %% ../nbs/09d_steps.ipynb #5a8fdedf
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
 from .core import InputError
 
-# %% ../nbs/09d_steps.ipynb #aa0bf5f5
+# %% ../nbs/09d_steps.ipynb #fa0e1d72
 def _wide(grads) -> list[torch.Tensor]:
     "Gradients in fp32; narrow ones in one pass."
     if all(g.dtype == torch.float32 for g in grads): return grads
     flat = torch.cat([g.flatten() for g in grads]).float()
     return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
 
+# %% ../nbs/09d_steps.ipynb #572466c4
 class MasterAdamW(torch.optim.Optimizer):
     "AdamW (arXiv:1711.05101) whose 16-bit parameters have fp32 masters; for fp32 parameters it is PyTorch's, bit for bit."
     def __init__(self, params, lr:float=1e-3, betas=(.9, .999), eps:float=1e-8, weight_decay:float=1e-2):
@@ -49,7 +50,7 @@ class MasterAdamW(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, slot in state_dict["state"].items(): self.state[params[int(i)]] = {k: v.to(params[int(i)].device).clone() for k, v in slot.items()}
 
-# %% ../nbs/09d_steps.ipynb #0a397314
+# %% ../nbs/09d_steps.ipynb #7fa0cf03
 def rows_of(batch:dict, first:int, last:int) -> dict:
     "Rows of a batch whose tensors all have one row per example."
     return {k: v[first:last] for k, v in batch.items()}
@@ -78,7 +79,7 @@ class MicroBatches:
         self.log.append(self.size)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/09d_steps.ipynb #7b056787
+# %% ../nbs/09d_steps.ipynb #1ad031e6
 VISUAL = ("pixel", "grid", "merge_sizes", "compression_mask")
 
 def _positions(base, row:dict) -> torch.Tensor:

@@ -73,6 +73,6 @@ def test_the_command_line_plans(tmp_path):
     run = lambda *args: CliRunner().invoke(app, ["plan", str(tmp_path), "--side", "56", *args])
     good = run("--frames", "8", "--memory", "1GiB")
     assert good.exit_code == 0 and "peak" in good.output and "16-bit weights" in good.output
-    bad = run("--frames", "8", "--memory", "60MiB")
+    bad = run("--frames", "8", "--memory", "100MiB")
     assert bad.exit_code == 1 and "memory:" in bad.stderr
     assert "GiB or MiB" in run("--memory", "much").stderr
