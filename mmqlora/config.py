@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Split', 'Selector', 'Method', 'Modality', 'Gate', 'GateSignal', 'Strict', 'RunConfig', 'Profile', 'CorpusConfig',
-           'FramesConfig', 'PretrainConfig', 'TuneConfig', 'Params', 'parse', 'read_yaml', 'load_params',
+           'FramesConfig', 'PretrainConfig', 'TuneConfig', 'GpuConfig', 'Params', 'parse', 'read_yaml', 'load_params',
            'active_profile', 'run_config']
 
 # %% ../nbs/01_config.ipynb #56c8258d
@@ -35,6 +35,7 @@ class RunConfig(Strict):
     method: Method = "qlora"
     base: str = "models/base"                       # Folder of the base model, relative to the repository
     selector: Selector = "entropy"                  # Which frames the model sees
+    frames: int | None = Field(None, ge=1)          # How many of them; None: frames.budget
     ranks: dict[Modality, int] = {"vision": 8, "fusion": 8, "text": 8}
     alpha_over_rank: float = Field(2.0, gt=0)       # LoRA scaling alpha / r, the same for every modality
     gate: Gate = "none"
@@ -61,6 +62,9 @@ class Profile(Strict):
     clips: dict[Split, int]                         # Clips used of each split
     steps: int | None = None                        # Caps the steps of every run
     max_seeds: int | None = None                    # Caps the seeds of every run
+    corpus: dict = {}                               # What differs in the section corpus
+    frames: dict = {}                               # What differs in the section frames
+    override: dict[str, dict] = {}                  # What differs in runs: of all, a method, gated runs or one run; the last wins
 
 class CorpusConfig(Strict):
     "The corpus on disk: records and videos under `root`."
@@ -68,10 +72,12 @@ class CorpusConfig(Strict):
     root: str
     seed: int = 0
     clips: dict[Split, int]                         # Clips generated per split
+    side: int | None = Field(None, ge=16)           # Pixels a side of the files; None: as MMEvents defines them
 
 class FramesConfig(Strict):
     "Frame selection: which budget, which size, which selectors are prepared."
     budget: int = Field(8, ge=1)                    # K, frames per clip
+    budgets: list[int] = []                         # Other K that runs may ask for with `frames`
     size: int = Field(32, ge=8)                     # Pixels a side after decoding
     selectors: list[Selector]
     floor: float = Field(.35, ge=0, le=1)           # Share of the budget spread evenly, whatever the signal
@@ -95,6 +101,23 @@ class TuneConfig(Strict):
     seed: int                                       # A seed that no reported run uses
     grid: dict[str, dict[str, list]]
 
+class GpuConfig(Strict):
+    "The tier gpu: its base model, made on the machine in minutes, and its queue of runs."
+    vision: dict[str, int]                          # hidden, layers, mlp of the new vision tower
+    patch: int = 16                                 # Pixels a side of a patch
+    scale: int = 3                                  # scale x scale patches become one token
+    clips: int                                      # Base clips rendered
+    tower_seconds: float                            # The tower alone: what is where
+    seconds: float                                  # All of it: captions
+    batch_size: int
+    lr: float                                       # Of tower and connector
+    text_share: float = Field(.2, ge=0)             # Learning rate of the pretrained text model, as a share of lr
+    compile: bool = False                           # torch.compile the layers
+    held_out: int = 200                             # Base clips kept for testing
+    workers: int = Field(8, ge=1)                   # Runs side by side on one GPU
+    seed: int = 0
+    grid: dict[str, dict[str, list]] = {}           # As in tune, chosen on the machine
+
 class Params(Strict):
     "All of params.yaml."
     profile: str
@@ -103,6 +126,7 @@ class Params(Strict):
     frames: FramesConfig
     pretrain: PretrainConfig
     tune: TuneConfig
+    gpu: GpuConfig | None = None
     defaults: dict = {}
     runs: dict[str, dict]
 
@@ -129,11 +153,15 @@ def read_yaml(path) -> dict:
     try: return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as err: raise InputError(path, f"not valid YAML ({' '.join(str(err).split())})") from None
 
-def load_params(path=None) -> Params:
-    "params.yaml, every run of it checked."
+def load_params(path=None, profile:str|None=None) -> Params:
+    "params.yaml under its own or another `profile`, every run of it checked."
     path = Path(path or repo_path("params.yaml"))
-    params = parse(Params, read_yaml(path), path.name)
-    active_profile(params)
+    data = read_yaml(path)
+    params = parse(Params, {**data, "profile": profile} if profile else data, path.name)
+    tier = active_profile(params)
+    def differing(section, change, model): return parse(model, {**section.model_dump(), **change}, f"{path.name}: profiles.{params.profile}")
+    params = params.model_copy(update=dict(corpus=differing(params.corpus, tier.corpus, CorpusConfig),
+                                           frames=differing(params.frames, tier.frames, FramesConfig)))
     for name in params.runs: run_config(params, name)
     return params
 
@@ -143,13 +171,21 @@ def active_profile(params:Params) -> Profile:
     if params.profile in params.profiles: return params.profiles[params.profile]
     raise InputError("params.yaml: profile", f"unknown profile '{params.profile}'", _nearest(params.profile, params.profiles))
 
+def _overridden(profile:Profile, name:str, given:dict) -> dict:
+    "`given` with what the profile changes: in all runs, in those of its method, in gated ones, in this run."
+    keys = ["all", given.get("method", RunConfig().method), *(["gated"] if given.get("gate", "none") != "none" else []), name]
+    for key in keys: given = {**given, **profile.override.get(key, {})}
+    return given
+
 def run_config(params:Params, name:str) -> RunConfig:
-    "The complete configuration of run `name`: defaults, then the run, then the limits of the profile."
+    "The complete configuration of run `name`: defaults, then the run, then what the profile changes and its limits."
     if name not in params.runs: raise InputError("params.yaml: runs", f"unknown run '{name}'", _nearest(name, params.runs))
     profile = active_profile(params)
-    given = {**params.defaults, **(params.runs[name] or {})}
+    given = _overridden(profile, name, {**params.defaults, **(params.runs[name] or {})})
     run = parse(RunConfig, given, f"params.yaml: runs.{name}")
     steps = 0 if run.method == "frozen" else min(run.steps, profile.steps or run.steps)
     if run.selector not in params.frames.selectors:
         raise InputError(f"params.yaml: runs.{name}.selector", f"'{run.selector}' is not in frames.selectors")
+    if run.frames not in (None, params.frames.budget, *params.frames.budgets):
+        raise InputError(f"params.yaml: runs.{name}.frames", f"{run.frames} is not in frames.budgets")
     return run.model_copy(update={"steps": steps, "seeds": run.seeds[:profile.max_seeds]})

@@ -58,10 +58,10 @@ def scenes_of(split:str, n:int, seed:int=0) -> list[tuple[Scene, str | None]]:
     return [(scene, f"{split}-{g:04d}") for g, group in enumerate(groups) for scene in group][:n]
 
 def _write_clip(job) -> ClipRecord:
-    root, split, index, scene, group = job
+    root, split, index, scene, group, side = job
     name = f"{split}/{index:05d}.mp4"
     path = Path(root)/name
-    write_mp4(path, render(scene, SIDE), sound(scene))
+    write_mp4(path, render(scene, side), sound(scene))
     truth = dict(slots=slots_of(scene.caption), cuts=list(scene.cuts),
                  events=[dict(kind=e.kind, start=e.start, length=e.length) for e in scene.events])
     return ClipRecord(id=f"{split}-{index:05d}", video=name, split=split, captions={"en": [scene.caption]},
@@ -69,7 +69,7 @@ def _write_clip(job) -> ClipRecord:
 
 def build_mmevents(root, config:CorpusConfig, workers:int=2) -> list[ClipRecord]:
     "Render all splits of MMEvents into folder `root`; the records are written last, so a broken run is seen."
-    jobs = [(str(root), split, i, scene, group) for split, n in config.clips.items()
+    jobs = [(str(root), split, i, scene, group, config.side or SIDE) for split, n in config.clips.items()
             for i, (scene, group) in enumerate(scenes_of(split, n, config.seed))]
     with ProcessPoolExecutor(workers) as pool:
         records = list(tqdm(pool.map(_write_clip, jobs, chunksize=16), total=len(jobs), desc="rendering", unit="clip", mininterval=2))

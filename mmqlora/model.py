@@ -85,8 +85,9 @@ def load_model(
     except (OSError, ValueError) as err: raise InputError(path, f"not a model that transformers can load ({str(err).splitlines()[0]})") from None
     modality_of(type("M", (), {"config": config}), "")                 # an unknown family fails before loading
     model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, quantization_config=quantization_config(quantization, dtype),
-        device_map={"": device}, attn_implementation="sdpa")
+        path, dtype=dtype, use_safetensors=True, device_map={"": device}, attn_implementation="sdpa",
+        quantization_config=quantization_config(quantization, torch.bfloat16 if "cuda" in device else dtype))
+    if "cuda" in device: model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
     return model, AutoTokenizer.from_pretrained(path)
 
 # %% ../nbs/07_model.ipynb #631390f7
