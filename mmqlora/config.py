@@ -101,6 +101,7 @@ class TuneConfig(Strict):
     seed: int                                       # A seed that no reported run uses
     grid: dict[str, dict[str, list]]
 
+# %% ../nbs/01_config.ipynb #844910db
 class GpuConfig(Strict):
     "The tier gpu: its base model, made on the machine in minutes, and its queue of runs."
     vision: dict[str, int]                          # hidden, layers, mlp of the new vision tower
@@ -118,6 +119,7 @@ class GpuConfig(Strict):
     seed: int = 0
     grid: dict[str, dict[str, list]] = {}           # As in tune, chosen on the machine
 
+# %% ../nbs/01_config.ipynb #15ee95ff
 class Params(Strict):
     "All of params.yaml."
     profile: str
