@@ -6,12 +6,13 @@
 __all__ = ['provenance', 'make_corpus', 'held_out_exact', 'make_base', 'Job', 'jobs_of', 'trials_of', 'do_job', 'work', 'is_done',
            'run_queue', 'read_trials', 'chosen_rates', 'with_rates', 'collect']
 
-# %% ../nbs/12b_tier.ipynb #230caf12
+# %% ../nbs/12b_tier.ipynb #b2851dcd
 import datetime, gc, os, tempfile, time, traceback
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -31,14 +32,14 @@ from .runs import SplitData, combine, load_split, read_split, run_seed, scored
 from .scenes import FRAMES
 from .smollm2 import graft
 
-# %% ../nbs/12b_tier.ipynb #78f43110
+# %% ../nbs/12b_tier.ipynb #f743bf64
 def provenance(command:str, commit:str="") -> dict:
     "What every result of a lease carries: sources, libraries, machine and card, day, command."
     card = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
     return dict(code_version=code_version(), versions=versions(), hardware=hardware() | card, date=datetime.date.today().isoformat(),
                 commit=commit or git_commit(), command=command)
 
-# %% ../nbs/12b_tier.ipynb #59af2b6d
+# %% ../nbs/12b_tier.ipynb #fc2336c5
 def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
     "Render the corpus of the active profile and choose frames for every split, budget and selector."
     root = repo_path(params.corpus.root)
@@ -50,7 +51,7 @@ def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
             folder = [] if budget == params.frames.budget else [f"k{budget}"]
             for selector, clips in sets.items(): save_clips(repo_path(frames, *folder, selector, f"{split}.safetensors"), clips)
 
-# %% ../nbs/12b_tier.ipynb #d8505c1a
+# %% ../nbs/12b_tier.ipynb #33ad7285
 def held_out_exact(model, tokenizer, pixels:torch.Tensor, captions, kinds, frames:int) -> dict:
     "kind -> share of base clips (N, T, 3, S, S) captioned word for word from `frames` evenly spaced frames."
     at = ((torch.arange(frames) + .5)*FRAMES/frames).long()
@@ -81,7 +82,7 @@ def make_base(text, tokenizer, config:GpuConfig, out, size:int=96, frames:int=16
     print("held out, exact match:", exact, flush=True)
     return log
 
-# %% ../nbs/12b_tier.ipynb #b28bd613
+# %% ../nbs/12b_tier.ipynb #a9be31c8
 @dataclass(frozen=True)
 class Job:
     "One seed of one run, perhaps with changed fields, measured on some splits."
@@ -102,7 +103,7 @@ def trials_of(params:Params) -> list[Job]:
     grid = params.gpu.grid.items()
     return [Job(run, params.tune.seed, ((f, v),), ("dev",)) for run, fields in grid for f, values in fields.items() for v in values]
 
-# %% ../nbs/12b_tier.ipynb #5b497506
+# %% ../nbs/12b_tier.ipynb #44b724ed
 def _loader(params:Params, frames):
     "load(selector, budget, split) -> `SplitData`, the last few kept on the GPU if there is one."
     @lru_cache(maxsize=4)
@@ -124,7 +125,7 @@ def do_job(params:Params, job:Job, load) -> dict:
     read = {s: dict(per_clip={k: _plain(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
     return dict(job=asdict(job), config_hash=content_hash(config.model_dump()), **(result | dict(results=read)))
 
-# %% ../nbs/12b_tier.ipynb #5483ef39
+# %% ../nbs/12b_tier.ipynb #d30de832
 def work(card, params:Params, tasks, out, frames, deadline:float, about:dict):
     "Do jobs from the queue `tasks` until a None or until the next one would not end before `deadline` (seconds since 1970)."
     if card is not None: os.environ["CUDA_VISIBLE_DEVICES"] = str(card)                # before CUDA wakes up in this process
@@ -142,7 +143,7 @@ def work(card, params:Params, tasks, out, frames, deadline:float, about:dict):
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/12b_tier.ipynb #1b5ef3ce
+# %% ../nbs/12b_tier.ipynb #ff99f354
 def is_done(params:Params, job:Job, out, base:str) -> bool:
     "Whether the job's file is there, made with this base model and configuration."
     path = Path(out)/f"{job.key}.json"
@@ -152,22 +153,23 @@ def is_done(params:Params, job:Job, out, base:str) -> bool:
 
 def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="artifacts/gpu/frames", deadline:float=float("inf"),
               about:dict|None=None, workers:int|None=None) -> list[Job]:
-    "Do `jobs` side by side, their files in folder `out`; returns those not done, for the next lease."
+    "Do `jobs` side by side (`workers` per GPU; 0: in this process), their files in folder `out`; returns those not done."
     out, cards = repo_path(out), torch.cuda.device_count()
     base = file_hash(repo_path(run_config(params, jobs[0].run).base, "model.safetensors"))
     todo = [j for j in jobs if not is_done(params, j, out, base)]
-    context = get_context("spawn")
-    tasks, n = context.Queue(), min(len(todo), (workers or params.gpu.workers)*max(1, cards))
+    context, each = get_context("spawn"), params.gpu.workers if workers is None else workers
+    tasks, n = context.Queue() if each else SimpleQueue(), min(len(todo), each*max(1, cards))
     about = dict(about or provenance("run_queue"), base=base, side_by_side=n)
-    for item in (*todo, *[None]*n): tasks.put(item)
+    for item in (*todo, *[None]*max(1, n)): tasks.put(item)
     settings = (params, tasks, out, frames, deadline, about)
     processes = [context.Process(target=work, args=(i % cards if cards else None, *settings)) for i in range(n)]
     for p in processes: p.start()
     for p in processes: p.join()
-    tasks.cancel_join_thread()                                                         # what nobody took is for the next lease
+    if each: tasks.cancel_join_thread()                                                # what nobody took is for the next lease
+    else: work(None, *settings)
     return [j for j in todo if not is_done(params, j, out, base)]
 
-# %% ../nbs/12b_tier.ipynb #858cdec8
+# %% ../nbs/12b_tier.ipynb #b23df676
 def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
     "run, field values and mean dev loss of the trials that were done."
     done = [(j, repo_path(out, f"{j.key}.json")) for j in jobs]
@@ -188,7 +190,7 @@ def with_rates(params:Params, chosen:dict) -> Params:
     override = {**profile.override, **{k: {**profile.override.get(k, {}), **v} for k, v in chosen.items()}}
     return params.model_copy(update={"profiles": {**params.profiles, params.profile: profile.model_copy(update={"override": override})}})
 
-# %% ../nbs/12b_tier.ipynb #4c299bad
+# %% ../nbs/12b_tier.ipynb #2792b193
 def _seed_result(made:dict, captions:dict) -> dict:
     results = {s: scored(({k: np.array(v, float) for k, v in r["per_clip"].items()}, {}, r["written"]), captions[s]) for s, r in made["results"].items()}
     return made | dict(results=results)
