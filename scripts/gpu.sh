@@ -7,7 +7,7 @@
 # SECONDS is how long the call may last. What comes home lies in $OUT: logs and gpu.tar.gz.
 set -euo pipefail
 kept=/tmp/mmqlora; begin=$(date +%s); step=$1
-export PYTHONPATH=$PWD:$kept/site TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor PYTORCH_ALLOC_CONF=expandable_segments:True
+export PYTHONPATH=$PWD:$kept/site TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor
 mkdir -p $kept/site
 gpu() { local log=$OUT/$1-$begin.log; python3 scripts/gpu.py "$@" --gguf $kept/SmolLM2-135M-Instruct.Q4_1.gguf 2>&1 | tee -a "$log"; }
 watch() { nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader,nounits -l 10 >> "$OUT/cards-$begin.csv" & trap "kill $!" EXIT; }
