@@ -20,8 +20,8 @@ from .batch import ClipSet
 from .config import FramesConfig, parse
 from .core import InputError
 from .corpus import ClipRecord, video_path
-from .frames import coverage, interval_sum, select_frames
-from .signals import audio_energy, block_change, change_entropy, motion_energy
+from .frames import coverage, interval_sum, select_frames, set_name
+from .signals import FLOW, NAMES, audio_energy, block_change, change_entropy, change_flow, motion_energy
 from .video import read_audio, read_clip
 
 # %% ../nbs/06a_prepare.ipynb #d6fe54d0
@@ -29,13 +29,15 @@ def measure(path, size:int=32, start:float=0., end:float|None=None) -> tuple:
     "Decode a span and measure it: (`Clip`, {signal name: (T,)})."
     clip = read_clip(path, size, start, end)
     change = block_change(clip.frames)
-    return clip, {"motion": motion_energy(change), "entropy": change_entropy(change)}
+    flow = dict(zip(FLOW, change_flow(clip.frames).T))
+    return clip, {"motion": motion_energy(change), "entropy": change_entropy(change), **flow}
 
-def choose(clip, signals:dict, selector:str, config:FramesConfig, name:str="") -> tuple:
-    "The frames that `selector` chooses: pixels (K, 3, S, S), position (K,), gate signals (K, 2), indices (K,)."
+def choose(clip, signals:dict, selector:str, k:int, config:FramesConfig, name:str="") -> tuple:
+    "The `k` frames that `selector` chooses: pixels (K, 3, S, S), position (K,), gate signals (K, 9), indices (K,)."
     n = len(clip.frames)
-    index = select_frames(selector, signals, n, config.budget, config.floor, config.seed, name)
-    gate = np.stack([np.log1p(interval_sum(signals[s], index)) for s in ("motion", "entropy")], 1)
+    index = select_frames(selector, signals, n, k, config.floor, config.seed, name)
+    gate = np.stack([interval_sum(signals[s], index) for s in NAMES], 1)
+    gate[:, :2] = np.log1p(gate[:, :2])                                    # energies span decades, the flow does not
     length = (clip.times[-1] - clip.times[0])*n/max(1, n - 1) or 1.        # the last frame lasts too
     position = (clip.times[index] - clip.times[0])/length
     return clip.frames[index].transpose(0, 3, 1, 2), position.astype(np.float32), gate.astype(np.float32), index
@@ -43,26 +45,27 @@ def choose(clip, signals:dict, selector:str, config:FramesConfig, name:str="") -
 def _prepare_clip(root, config:FramesConfig, record:ClipRecord) -> dict:
     torch.set_num_threads(1)
     clip, signals = measure(video_path(root, record), config.size, record.start, record.end)
-    return {s: choose(clip, signals, s, config, record.id) for s in config.selectors}
+    return {set_name(s, k): choose(clip, signals, s, k, config, record.id) for s in config.selectors for k in config.budgets}
 
 # %% ../nbs/06a_prepare.ipynb #c6190fbf
 def _stack(chosen:list[tuple]) -> ClipSet:
     return ClipSet(*(torch.from_numpy(np.stack(part)) for part in list(zip(*chosen))[:3]))
 
+def _indices(chosen:list[tuple]) -> np.ndarray: return np.stack([c[3] for c in chosen])
+
 def prepare(root, records:list[ClipRecord], config:FramesConfig, workers:int=2, label:str="decoding") -> tuple:
-    "({selector: ClipSet}, {selector: (N, K) frame indices}) of all records, in their order."
+    "({set name: ClipSet}, {set name: (N, K) frame indices}) of all records, in their order; a set for each selector and budget."
     with ProcessPoolExecutor(workers) as pool:
         clips = list(tqdm(pool.map(partial(_prepare_clip, str(root), config), records, chunksize=16), total=len(records),
                           desc=label, unit="clip", mininterval=5))
-    sets = {s: _stack([c[s] for c in clips]) for s in config.selectors}
-    return sets, {s: np.stack([c[s][3] for c in clips]) for s in config.selectors}
+    return tuple({s: stack([c[s] for c in clips]) for s in clips[0]} for stack in (_stack, _indices))
 
 def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> ClipSet:
     "A clip set from video files: `frames` chosen frames of each. Raises `InputError` for a file that cannot be read."
     paths = [Path(p) for p in paths]
     if not paths: raise InputError("paths", "no video files given")
-    config = parse(FramesConfig, dict(budget=frames, size=size, selectors=[selector]), "load_videos")
-    return _stack([choose(*measure(p, size), selector, config, p.name) for p in paths])
+    config = parse(FramesConfig, dict(budgets=[frames], size=size, selectors=[selector]), "load_videos")
+    return _stack([choose(*measure(p, size), selector, frames, config, p.name) for p in paths])
 
 # %% ../nbs/06a_prepare.ipynb #d3de5997
 def split_statistics(records:list[ClipRecord]) -> dict:
@@ -73,7 +76,7 @@ def split_statistics(records:list[ClipRecord]) -> dict:
     return dict(clips=len(records), galleries=len({r.gallery for r in records} - {None}), words=len(words),
                 transient_share=brief/max(1, len(events)), cut_share=float(np.mean([bool(r.truth.get("cuts")) for r in records])))
 
-def mean_coverage(records:list[ClipRecord], root, config:FramesConfig, budgets=(4, 6, 8)) -> dict:
+def mean_coverage(records:list[ClipRecord], root, config:FramesConfig, budgets=(2, 4, 6, 8)) -> dict:
     "selector -> {K: share of true events with a chosen frame inside}, over `records`."
     table = {s: {str(k): [] for k in budgets} for s in config.selectors}
     for record in records:
@@ -85,12 +88,12 @@ def mean_coverage(records:list[ClipRecord], root, config:FramesConfig, budgets=(
     return {s: {k: float(np.mean(v)) for k, v in row.items()} for s, row in table.items()}
 
 # %% ../nbs/06a_prepare.ipynb #96a31970
-def selection_example(record:ClipRecord, root, config:FramesConfig) -> dict:
-    "Signals, events and chosen frames of one clip, for a figure."
+def selection_example(record:ClipRecord, root, config:FramesConfig, k:int) -> dict:
+    "Signals, events and the `k` chosen frames of one clip, for a figure."
     path = video_path(root, record)
     clip, signals = measure(path, config.size)
     sound = audio_energy(read_audio(path), len(clip.frames))
-    chosen = {s: choose(clip, signals, s, config, record.id)[3].tolist() for s in config.selectors}
+    chosen = {s: choose(clip, signals, s, k, config, record.id)[3].tolist() for s in config.selectors}
     return dict(clip=record.id, caption=record.captions["en"][0], seconds=clip.times.tolist(), audio=sound.tolist(),
                 **{k: v.tolist() for k, v in signals.items()}, events=record.truth["events"], cuts=record.truth["cuts"], chosen=chosen)
 

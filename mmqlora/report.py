@@ -181,7 +181,7 @@ def about_macros(e:Evidence) -> dict:
     meta = {"meta.tier": e.tier, "meta.seeds": str(max(len(r["config"]["seeds"]) for r in records))}
     meta |= {"meta.code_version": _all(r["code_version"] for r in records)}
     meta |= {f"meta.{k}": _all(r["versions"][k] for r in records) for k in ("python", "torch", "transformers", "peft", "bitsandbytes")}
-    return {**corpus, "frames.budget": str(e.params.frames.budget), **base, **meta}
+    return {**corpus, "frames.budget": str(e.records[REFERENCE]["config"]["frames"]), **base, **meta}
 
 def merged(*families:dict) -> dict:
     "The union of dicts that share no key."
@@ -328,7 +328,7 @@ def hyper_sections(e:Evidence) -> dict:
     return {
         "Base model": {"vision tower": sizes(base["vision"]), "language model": sizes(base["text"]),
                        "pretraining": f"{base['clips']:,} clips, {base['steps']:,} steps", "batch, learning rate": _list([base["batch_size"], base["lr"]]), "GPU time": f"{e.base['seconds']:.0f} s"},
-        "Frames": {"budget $K$": str(f.budget), "side, pixels": str(f.size), r"floor $\lambda$": f"{f.floor:g}"},
+        "Frames": {"budget $K$": str(c["frames"]), "side, pixels": str(f.size), r"floor $\lambda$": f"{f.floor:g}"},
         "Adapters": {"rank vision/fusion/text": _ranks(e.records[REFERENCE]), r"$\alpha/r$": f"{c['alpha_over_rank']:g}"},
         "Training": {"steps, batch": _list([c["steps"], c["batch_size"]]), "warm-up steps, then cosine": str(c["warmup"]),
                      "weight decay": f"{c['weight_decay']:g}"},

@@ -23,6 +23,7 @@ from .config import Params, RunConfig, active_profile, run_config
 from .core import InputError, repo_path, result_record, write_text
 from .corpus import of_split, read_records
 from .cost import cost_of
+from .frames import set_name
 from .metrics import caption_metrics, exact_match, ranks, slot_scores, summarize
 from .predict import score_captions, score_galleries, write_captions
 from .ranks import audit
@@ -42,9 +43,9 @@ def load_split(params:Params, config:RunConfig, split:str, frames="artifacts/fra
     "Clips of a split under the active profile, as `config`'s selector chose their frames, with English captions."
     n = active_profile(params).clips[split]
     records = of_split(read_records(repo_path(params.corpus.root)), split, n)
-    path = repo_path(frames, *([f"k{config.frames}"] if config.frames in params.frames.budgets else []), config.selector, f"{split}.safetensors")
-    clips = load_clips(path)
-    if len(clips) != n: raise InputError(path, f"holds {len(clips)} clips, the profile has {n}", "dvc repro frames")
+    chosen = set_name(config.selector, config.frames)
+    clips = load_clips(repo_path(frames, chosen, f"{split}.safetensors"))
+    if len(clips) != n: raise InputError(f"{frames}/{chosen}/{split}.safetensors", f"holds {len(clips)} clips, the profile has {n}", "dvc repro frames")
     return SplitData(split, clips, [r.captions["en"][0] for r in records], [r.gallery for r in records])
 
 # %% ../nbs/12a_runs.ipynb #3b2fe1da

@@ -128,9 +128,10 @@ def wire_gates(model, tokens_per_frame:int) -> FrameState:
     return state
 
 def set_frame_signals(model, signal:torch.Tensor):
-    "Give the gates of `model` the signals (B, K, C) of the next batch; a model without gates ignores them."
+    "Give the gates of `model` the signals (B, K, C or more) of the next batch: they see the first C. A model without gates ignores them."
     for layer in gated_layers(model).values():
-        layer.frame_state.signal = signal.to(layer.lora_A["default"].weight)
+        channels = layer.lora_gate_slope["default"].shape[1]
+        layer.frame_state.signal = signal[..., :channels].to(layer.lora_A["default"].weight)
         return                                                           # one state serves all layers
 
 def standardized(model, signal:torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .adapters import QUANTIZATION, adapt, tokens_per_frame
 from .batch import ClipSet, caption_ids, collate
-from .config import RunConfig
+from .config import CHANNELS, RunConfig
 from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
 from .model import load_model
 from .temporal import gated_layers, set_frame_signals
@@ -157,5 +157,5 @@ def fit(
 def build(base, config:RunConfig, seed:int=0, device:str|None=None):
     "(model, tokenizer) ready to train: the base in folder `base`, loaded and adapted as `config` says."
     model, tokenizer = load_model(base, QUANTIZATION[config.method], device=device)
-    model = adapt(model, config.method, config.ranks, config.alpha_over_rank, config.gate, seed=seed_for(seed, "adapter") % 2**31)
+    model = adapt(model, config.method, config.ranks, config.alpha_over_rank, config.gate, CHANNELS[config.signals], seed=seed_for(seed, "adapter") % 2**31)
     return model, tokenizer

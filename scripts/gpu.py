@@ -37,7 +37,7 @@ def corpus(params, args):
 def base(params, args):
     from mmqlora.smollm2 import read_gguf
     from mmqlora.tier import make_base, provenance
-    log = make_base(*read_gguf(args.gguf), params.gpu, repo_path(HERE, "base"), params.frames.size, params.frames.budget)
+    log = make_base(*read_gguf(args.gguf), params.gpu, repo_path(HERE, "base"), params.frames.size, max(params.frames.budgets))
     write_json(repo_path(HERE, "base", "log.json"), log | provenance(args.command, args.commit))
 
 

@@ -41,7 +41,7 @@ def test_captions_say_what_the_generator_did(corpus):
 
 def test_frames_do_not_depend_on_the_number_of_workers(corpus):
     root, records = corpus
-    one, two = (prepare(root, records[:6], FramesConfig(selectors=["entropy"]), workers=n)[0]["entropy"] for n in (1, 2))
+    one, two = (prepare(root, records[:6], FramesConfig(budgets=[8], selectors=["entropy"]), workers=n)[0]["entropy-8"] for n in (1, 2))
     assert np.array_equal(one.pixels, two.pixels) and np.array_equal(one.signal, two.signal)
 
 
@@ -57,7 +57,7 @@ def own(corpus, tmp_path):
 
 def complaint(root):
     "The one line with which preparing the corpus in `root` fails."
-    with pytest.raises(InputError) as err: prepare(root, read_records(root), FramesConfig(selectors=["uniform"]), workers=1)
+    with pytest.raises(InputError) as err: prepare(root, read_records(root), FramesConfig(budgets=[8], selectors=["uniform"]), workers=1)
     assert "\n" not in str(err.value)
     return str(err.value)
 

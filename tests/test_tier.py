@@ -37,10 +37,10 @@ def params(tmp_path_factory):
     data["runs"] = {"zeroshot": {"method": "frozen"}, "tqlora": {"gate": "rank"}, "early": {"frames": 2, "method": "full"}}
     data["frames"]["selectors"] = ["entropy"]
     profile = data["profiles"]["gpu"]
-    profile |= dict(clips=CLIPS, steps=2)
+    profile |= dict(clips=CLIPS, steps=2, seeds=[0, 1])
     profile["corpus"] |= dict(clips=CLIPS, side=48)
-    profile["frames"] = dict(budget=4, budgets=[2], size=48)
-    profile["override"]["all"] |= dict(batch_size=4, seeds=[0, 1])
+    profile["frames"] = dict(budgets=[2, 4], size=48)
+    profile["override"]["all"] |= dict(batch_size=4, frames=4)
     data["gpu"] |= dict(vision=dict(hidden=64, layers=1, mlp=64), patch=8, scale=3, clips=16, held_out=8, tower_seconds=1, seconds=2, batch_size=4,
                         grid={"tqlora": {"lr": [1e-3, 2e-3]}})
     (root/"params.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
