@@ -96,6 +96,7 @@ class PretrainConfig(Strict):
     batch_size: int
     lr: float
     transient: float = Field(0., ge=0, le=1)        # Chance of a transient event in single-event base clips
+    extra: float = Field(.4, ge=0, le=1)            # Share of batches, in the end, that are other languages, questions, instructions, audio
     held_out: int = 500                             # Base clips kept for testing
     seed: int = 0
 

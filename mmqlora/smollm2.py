@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT', 'read_gguf', 'graft_config', 'graft']
 
-# %% ../nbs/07b_smollm2.ipynb #f4977479
+# %% ../nbs/07b_smollm2.ipynb #caddb733
 import importlib.util
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from .core import InputError
 from .model import new_model
 
-# %% ../nbs/07b_smollm2.ipynb #8b1cc0af
+# %% ../nbs/07b_smollm2.ipynb #3b0e3e74
 def read_gguf(path) -> tuple:
     "(text model, tokenizer) from a GGUF file, in float32. Raises `InputError` if it is missing or the wheel gguf is."
     path = Path(path)
@@ -25,7 +25,7 @@ def read_gguf(path) -> tuple:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32), tokenizer
 
-# %% ../nbs/07b_smollm2.ipynb #d41886ec
+# %% ../nbs/07b_smollm2.ipynb #74bab0ad
 KEPT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
 
@@ -42,7 +42,7 @@ def graft_config(text, tokenizer, vision:dict, size:int=96, patch:int=16, scale:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=scale, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id)
 
-# %% ../nbs/07b_smollm2.ipynb #ffe3e144
+# %% ../nbs/07b_smollm2.ipynb #c58d1708
 def graft(text, tokenizer, vision:dict, size:int=96, patch:int=16, scale:int=3, seed:int=0):
     "A SmolVLM whose text model has the weights of `text` (a causal Llama) and whose vision tower and connector are new."
     model = new_model(graft_config(text, tokenizer, vision, size, patch, scale), seed)

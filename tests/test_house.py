@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, closure, code_cells, imported, notebooks, rooms
 
-DATA, MODELS = ("corpus", "scenes", "render", "mmevents", "video", "signals", "frames", "batch", "prepare"), ("model", "smollm2", "temporal", "ranks", "adapters")
+DATA, MODELS = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "signals", "frames", "batch", "prepare"), ("model", "smollm2", "temporal", "ranks", "adapters")
 EXPERIMENTS = sorted((ROOT/"nbs/experiments").glob("*.ipynb"))
 
 

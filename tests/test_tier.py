@@ -12,7 +12,7 @@ from mmqlora import tier
 from mmqlora.config import load_params
 from mmqlora.core import read_json, repo_path
 from mmqlora.report import check_record
-from mmqlora.scenes import vocabulary
+from mmqlora.grammar import vocabulary
 from mmqlora.tier import chosen_rates, collect, jobs_of, make_base, make_corpus, read_trials, run_queue, trials_of
 
 CLIPS = {"train": 8, "dev": 8, "test": 8, "ood": 8}
