@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'Selector', 'Method', 'Modality', 'Gate', 'GateSignal', 'Signals', 'CHANNELS', 'Strict', 'RunConfig',
            'Profile', 'CorpusConfig', 'FramesConfig', 'PretrainConfig', 'TuneConfig', 'GpuConfig', 'Params', 'parse',
-           'read_yaml', 'load_params', 'active_profile', 'run_config']
+           'read_yaml', 'load_params', 'active_profile', 'under', 'run_config']
 
 # %% ../nbs/01_config.ipynb #56c8258d
 import difflib
@@ -68,6 +68,8 @@ class Profile(Strict):
     seeds: list[int] | None = None                  # Of every run that trains, whatever it lists
     corpus: dict = {}                               # What differs in the section corpus
     frames: dict = {}                               # What differs in the section frames
+    runs: dict[str, dict] = {}                      # Runs of this tier only
+    only: list[str] | None = None                   # Which runs this tier makes, in this order; None: all
     override: dict[str, dict] = {}                  # What differs in runs: `all` changes defaults; a method, `gated` and a run change runs
 
 class CorpusConfig(Strict):
@@ -163,13 +165,8 @@ def load_params(path=None, profile:str|None=None) -> Params:
     "params.yaml under its own or another `profile`, every run of it checked."
     path = Path(path or repo_path("params.yaml"))
     data = read_yaml(path)
-    params = parse(Params, {**data, "profile": profile} if profile else data, path.name)
-    tier = active_profile(params)
-    def differing(section, change, model): return parse(model, {**section.model_dump(), **change}, f"{path.name}: profiles.{params.profile}")
-    params = params.model_copy(update=dict(corpus=differing(params.corpus, tier.corpus, CorpusConfig),
-                                           frames=differing(params.frames, tier.frames, FramesConfig)))
-    for name in params.runs: run_config(params, name)
-    return params
+    params = parse(Params, data, path.name)
+    return under(params, profile or params.profile)
 
 # %% ../nbs/01_config.ipynb #a38c9606
 def active_profile(params:Params) -> Profile:
@@ -182,6 +179,19 @@ def _overridden(profile:Profile, name:str, given:dict) -> dict:
     keys = [given.get("method", RunConfig().method), *(["gated"] if given.get("gate", "none") != "none" else []), name]
     for key in keys: given = {**given, **profile.override.get(key, {})}
     return given
+
+def under(params:Params, profile:str) -> Params:
+    "`params` under a profile: with its corpus, frames and runs, each run checked."
+    params = params.model_copy(update={"profile": profile})
+    tier, where = active_profile(params), f"params.yaml: profiles.{profile}"
+    def differing(section, change, model): return parse(model, {**section.model_dump(), **change}, where)
+    runs = {**params.runs, **tier.runs}
+    if unknown := [name for name in tier.only or () if name not in runs]:
+        raise InputError(f"{where}.only", f"unknown run '{unknown[0]}'", _nearest(unknown[0], runs))
+    params = params.model_copy(update=dict(corpus=differing(params.corpus, tier.corpus, CorpusConfig), runs={n: runs[n] for n in tier.only or runs},
+                                           frames=differing(params.frames, tier.frames, FramesConfig)))
+    for name in params.runs: run_config(params, name)
+    return params
 
 def run_config(params:Params, name:str) -> RunConfig:
     "The complete configuration of run `name`: defaults, then the run, then what the profile changes and its limits."

@@ -24,9 +24,9 @@ unpack() {
 check() {
   python3 -c "import torch, bitsandbytes, av, gguf, pydantic; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info())"
   nproc; df -h /dev/shm | tail -1; free -g | head -2; watch
-  local clips='{train: 256, dev: 40, test: 80, ood: 40}' runs='{zeroshot: {method: frozen}, full: {method: full}, lora: {method: lora}, qlora: {}, tqlora: {gate: rank}}'
+  local clips='{train: 256, dev: 40, test: 80, ood: 40}' runs='{zeroshot: {method: frozen}, full: {method: full}, lora: {method: lora}, qlora: {}, tqlora-k4: {frames: 4, gate: rank, signals: dense}}'
   local small=(--set "profiles.gpu.clips=$clips" --set "profiles.gpu.corpus.clips=$clips" --set profiles.gpu.steps=20 --set 'profiles.gpu.seeds=[0, 1]'
-    --set gpu.clips=3000 --set gpu.tower_seconds=12 --set gpu.seconds=${ALIGN:-75} --set 'frames.selectors=[entropy]' --set "runs=$runs" --set 'gpu.grid={qlora: {lr: [1.0e-3]}}')
+    --set gpu.clips=3000 --set gpu.tower_seconds=12 --set gpu.seconds=${ALIGN:-75} --set 'frames.selectors=[entropy]' --set "runs=$runs" --set profiles.gpu.only=null --set 'profiles.gpu.runs={}' --set 'gpu.grid={qlora: {lr: [1.0e-3]}}')
   gpu corpus "${small[@]}" & local made=$!
   gpu base "${small[@]}"
   wait $made

@@ -37,7 +37,7 @@ def params(tmp_path_factory):
     data["runs"] = {"zeroshot": {"method": "frozen"}, "tqlora": {"gate": "rank"}, "early": {"frames": 2, "method": "full"}}
     data["frames"]["selectors"] = ["entropy"]
     profile = data["profiles"]["gpu"]
-    profile |= dict(clips=CLIPS, steps=2, seeds=[0, 1])
+    profile |= dict(clips=CLIPS, steps=2, seeds=[0, 1], runs={}, only=None)
     profile["corpus"] |= dict(clips=CLIPS, side=48)
     profile["frames"] = dict(budgets=[2, 4], size=48)
     profile["override"]["all"] |= dict(batch_size=4, frames=4)
