@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'thing_states', 'base_states', 'patch_targets', 'Clock', 'autocast', 'tower_loss', 'train_tower', 'Aligner',
            'compiled', 'draw_align', 'align']
 
-# %% ../nbs/09c_grounding.ipynb #633d8f50
+# %% ../nbs/09c_grounding.ipynb #f99a1e5b
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from .pretrain import CHUNK, MODES, Stepper, base_chunk, learning_rate, patch_fe
 from .render import _motion
 from .scenes import COLORS, FRAMES, SHAPES
 
-# %% ../nbs/09c_grounding.ipynb #3d85299b
+# %% ../nbs/09c_grounding.ipynb #2505297f
 KINDS = [f"{c} {s}" for c in COLORS for s in SHAPES]
 
 def thing_states(scene) -> np.ndarray:
@@ -40,7 +40,7 @@ def base_states(n:int, seed:int=0, transient:float=0., workers:int|None=None) ->
     jobs = [(first, min(CHUNK, n - first), seed, transient) for first in range(0, n, CHUNK)]
     with ProcessPoolExecutor(workers) as pool: return np.concatenate(list(pool.map(_chunk_states, jobs)))
 
-# %% ../nbs/09c_grounding.ipynb #3bdb2912
+# %% ../nbs/09c_grounding.ipynb #d4f43191
 def patch_targets(states:torch.Tensor, grid:int) -> tuple[torch.Tensor, torch.Tensor]:
     "States (B, 2, 5) -> kind (B, grid²) of the thing at each patch, and its dx, dy, r, light (B, grid², 4)."
     kind, x, y, r, light = states[..., None].unbind(2)                               # each (B, 2, 1)
@@ -51,7 +51,7 @@ def patch_targets(states:torch.Tensor, grid:int) -> tuple[torch.Tensor, torch.Te
     def of(v): return v.expand_as(dx).gather(1, which[:, None])[:, 0]
     return torch.where(covers.any(1), of(kind), 0).long(), torch.stack([of(v) for v in (dx, dy, r, light)], -1)
 
-# %% ../nbs/09c_grounding.ipynb #0f8821f3
+# %% ../nbs/09c_grounding.ipynb #f1170b37
 class Clock:
     "Progress of a training that lasts `seconds`; keeps a log and prints a line every `every` seconds."
     def __init__(self, name:str, seconds:float, every:float=10.):
@@ -69,7 +69,7 @@ class Clock:
         self.log.append(dict(step=self.step, seconds=round(elapsed, 1), **{k: round(float(v), 4) for k, v in values.items()}))
         print(self.name, self.log[-1], flush=True)
 
-# %% ../nbs/09c_grounding.ipynb #b754d385
+# %% ../nbs/09c_grounding.ipynb #fe1d8092
 def autocast(device): return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 def tower_loss(vision, head:nn.Linear, pixels:torch.Tensor, states:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def train_tower(vision, pixels:torch.Tensor, states:torch.Tensor, seconds:float,
         clock.tick(loss=loss.detach(), named=named)
     return clock.log
 
-# %% ../nbs/09c_grounding.ipynb #0002ec79
+# %% ../nbs/09c_grounding.ipynb #f360afcd
 class Aligner(Stepper):
     "A `Stepper` in bfloat16 whose text model learns at `text_share` of the rate."
     def __init__(self, model, tokenizer, pixels, captions, batch_size:int, text_share:float):
@@ -119,7 +119,7 @@ class Aligner(Stepper):
         else: self.text_rate.copy_(self.rate*self.text_share)
         return super().update(rows, frames)
 
-# %% ../nbs/09c_grounding.ipynb #e6a57f16
+# %% ../nbs/09c_grounding.ipynb #11a8f652
 @contextmanager
 def compiled(model, on:bool):
     "While open, the layers of both towers run compiled, if `on`. They are alike, so each tower compiles one layer."
@@ -134,7 +134,7 @@ def draw_align(rng, progress:float) -> str:
     if rng.random() > min(.9, .3 + 1.2*progress): return "image" if rng.random() < .5 else "pair"
     return "long" if rng.random() < .1 + .6*progress else "video"
 
-# %% ../nbs/09c_grounding.ipynb #ff8139fe
+# %% ../nbs/09c_grounding.ipynb #7532533f
 def align(model, tokenizer, pixels:torch.Tensor, captions, kinds, config:GpuConfig) -> list[dict]:
     "Train all of `model` in place on base clips (N, T, 3, S, S) for `config.seconds`; returns the log."
     device, begin = pixels.device, time.time()
@@ -144,7 +144,7 @@ def align(model, tokenizer, pixels:torch.Tensor, captions, kinds, config:GpuConf
     pools = {m: torch.from_numpy(np.flatnonzero(np.isin(kinds, wanted))).to(device) for m, (_, wanted) in MODES.items()}
     for mode in reversed(MODES) if stepper.graphs is not None else (): run_step(stepper, mode, pools[mode], 0.)     # the longest first
     print(f"align, ready after {time.time() - begin:.0f} s", flush=True)
-    clock, shown = Clock("align", config.seconds - (time.time() - begin)), torch.zeros((), device=device)
+    clock, shown = Clock("align", max(1., config.seconds - (time.time() - begin))), torch.zeros((), device=device)
     while clock.progress < 1:
         mode = draw_align(rng, clock.progress)
         loss = run_step(stepper, mode, pools[mode], learning_rate(clock.progress, config.lr, .03))

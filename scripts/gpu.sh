@@ -28,7 +28,7 @@ check() {
   local small=(--set "profiles.gpu.clips=$clips" --set "profiles.gpu.corpus.clips=$clips" --set profiles.gpu.steps=20 --set 'profiles.gpu.seeds=[0, 1]'
     --set gpu.clips=3000 --set gpu.tower_seconds=12 --set gpu.seconds=${ALIGN:-75} --set 'frames.selectors=[entropy]' --set "runs=$runs" --set profiles.gpu.only=null --set 'profiles.gpu.runs={}' --set 'gpu.grid={qlora: {lr: [1.0e-3]}}')
   gpu corpus "${small[@]}" & local made=$!
-  gpu base "${small[@]}"
+  gpu base "${small[@]}" || gpu base "${small[@]}" --set gpu.compile=false --set gpu.batch_size=64
   wait $made
   gpu runs --deadline $((begin + $1 - 30)) "${small[@]}"
   gpu collect "${small[@]}"
@@ -38,7 +38,7 @@ check() {
 base() {
   watch
   (sleep ${WAIT:-50}; gpu corpus) > /dev/null & local made=$!
-  gpu base
+  gpu base || gpu base --set gpu.compile=false --set gpu.batch_size=96
   wait $made
   gpu tune --deadline $((begin + $1 - 20))
   python3 scripts/gpu.py pack
