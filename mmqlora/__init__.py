@@ -10,6 +10,7 @@ __all__ = ['ROOMS']
 import importlib, logging, warnings
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)         # asks for an optional kernel from the hub at import
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)      # int8 says at every call that it casts to half
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")     # peft 0.21 meets transformers 5.23
 
 ROOMS = {

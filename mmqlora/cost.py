@@ -8,7 +8,7 @@ __all__ = ['optimizer_bytes', 'peak_rss_bytes', 'cost_of']
 # %% ../nbs/12_cost.ipynb #e486da81
 import resource
 
-from .ranks import storage_bytes, trainable
+from .ranks import adapter_bytes, storage_bytes, trainable
 
 # %% ../nbs/12_cost.ipynb #a52676b8
 def optimizer_bytes(optimizer) -> int:
@@ -24,7 +24,7 @@ def cost_of(model, optimizer=None, seconds:float=0., steps:int=0, eval_seconds:f
     "The cost record of one trained model."
     count = trainable(model)
     return dict(trainable_params=count, trainable_bytes=4*count, model_bytes=storage_bytes(model),
-                adapter_bytes=sum(p.numel()*p.element_size() for n, p in model.named_parameters() if "lora_" in n),
+                adapter_bytes=adapter_bytes(model),
                 optimizer_bytes=optimizer_bytes(optimizer) if optimizer else 0, train_seconds=round(seconds, 2),
                 step_ms=round(1000*seconds/steps, 2) if steps else 0., eval_seconds=round(eval_seconds, 2),
                 peak_rss_bytes=peak_rss_bytes())

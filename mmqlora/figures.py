@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'SPLITS', 'METHODS', 'REFERENCE', 'SELECTORS', 'GATES', 'RANKS', 'COLUMN', 'PAGE', 'PALETTE', 'MARKERS',
-           'LOOK', 'SELECTOR_STYLE', 'differing', 'kib', 'uniform_ranks', 'drawn', 'canvas', 'plain_ticks',
+           'LOOK', 'SELECTOR_STYLE', 'COST_AXES', 'differing', 'kib', 'uniform_ranks', 'drawn', 'canvas', 'plain_ticks',
            'save_figure', 'summary', 'mark', 'seed_dots', 'main_figure', 'selectors_figure', 'gates_figure',
-           'scaling_figure', 'smooth', 'curves_figure', 'selection_figure', 'contact_figure']
+           'scaling_figure', 'smooth', 'curves_figure', 'selection_figure', 'contact_figure', 'scaling_points',
+           'close_ticks', 'change_text', 'law_figure', 'pareto_runs', 'pareto_figure', 'errors_figure']
 
 # %% ../nbs/14_figures.ipynb #d3a75efc
 import functools
@@ -18,10 +19,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .config import Selector
 from .core import InputError, atomic_path
-from .scaling import pareto_front, power_law
+from .errors import KINDS
+from .scaling import ScalingFit, flatness, pareto_front, pareto_set, power_law
 
 # %% ../nbs/14_figures.ipynb #f05ed695
 MEASURES = dict(exact="Exact", slots="Slots", color="Color", shape="Shape", event="Event", transient="Transient", order="Order",
@@ -244,4 +247,79 @@ def contact_figure(path, seconds:float) -> Figure:
     figure, (ax,) = canvas(PAGE, PAGE*sheet.shape[0]/sheet.shape[1] + .35)
     ax.imshow(sheet, extent=(0, seconds, 0, 1), aspect="auto", interpolation="none")
     ax.grid(False); sns.despine(ax=ax, left=True); ax.set(yticks=[], xlabel="time, seconds")
+    return figure
+
+# %% ../nbs/14_figures.ipynb #e6b267e4
+def scaling_points(records:dict, runs, size, name:str="test.loss") -> tuple[np.ndarray, np.ndarray]:
+    "(runs,) or (runs, axes) `size(record)` and (runs, seeds) losses of metric `name`, nan where a run has fewer seeds."
+    seeds = [[np.nan if s is None else s for s in records[r]["metrics"][name]["seeds"]] for r in runs]
+    losses = np.array([s + [np.nan]*(max(map(len, seeds)) - len(s)) for s in seeds], float)
+    return np.array([size(records[r]) for r in runs], float), losses if name.endswith("loss") else 1 - losses
+
+def close_ticks(axis):
+    "Plain numbers at 1, 2 and 5 of each power of ten: a logarithmic axis that spans little more than one."
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_major_formatter("{x:g}"); axis.set_minor_formatter(NullFormatter())
+
+def change_text(flat:dict) -> str:
+    "A verdict of `flatness` in words."
+    low, high = flat["change_ci95"]
+    return f"{flat['verdict']}: {flat['change']:+.1%} [{low:+.1%}, {high:+.1%}]"
+
+def _law_curve(ax, fit:ScalingFit, fixed, color, label=None):
+    seen = fit.x[:, 0]
+    fine = np.geomspace(seen.min(), seen.max()*1.25, 60)
+    sizes = np.column_stack([fine, *(np.full(60, v) for v in fixed)])
+    ax.fill_between(fine, *fit.band(sizes).T, color=color, alpha=.2, lw=0)
+    ax.plot(fine, fit.law(sizes), color=color, lw=1, label=label)
+    mine = (fit.x[:, 1:] == list(fixed)).all(1)
+    for chosen, face in ((~fit.held, color), (fit.held, "none")): ax.plot(seen[mine & chosen], fit.y[mine & chosen], "o", ms=3.5, color=color, mfc=face)
+
+# %% ../nbs/14_figures.ipynb #6dfa8fbf
+@drawn
+def law_figure(fit:ScalingFit, xlabel:str, ylabel:str="loss", other:str="") -> Figure:
+    "A scaling law against its first axis, a curve for each size on a second one (`other` names it); held-out points are hollow."
+    figure, (ax,) = canvas(COLUMN, 2.4)
+    groups = np.unique(fit.x[:, 1:], axis=0)
+    for i, fixed in enumerate(groups): _law_curve(ax, fit, fixed, PALETTE[i % len(PALETTE)], f"{other} {fixed[0]:g}".strip() if len(fixed) else None)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=change_text(flatness(fit)))
+    close_ticks(ax.xaxis)
+    if len(groups) > 1: figure.legend(*ax.get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    return figure
+
+# %% ../nbs/14_figures.ipynb #ba6046a5
+COST_AXES = dict(trainable_bytes=("trainable, KiB", 1024), peak_rss_bytes=("peak memory, GiB", 2**30), train_seconds=("training, s", 1))
+
+def pareto_runs(records:dict, name:str="test.exact", axes=COST_AXES) -> tuple[list[str], list[str]]:
+    "(runs on the front over all cost `axes`, by falling quality; all runs that cost something on each). Losses count as low is good."
+    runs = [r for r, record in records.items() if all(record["cost"].get(a, 0) > 0 for a in axes)]
+    if not runs: raise InputError("pareto", f"no run has a cost for each of {', '.join(axes)}")
+    costs, quality = [[records[r]["cost"][a] for a in axes] for r in runs], summary(records, runs, name)[:, 0]
+    return [runs[i] for i in pareto_set(costs, -quality if name.endswith("loss") else quality)], runs
+
+@drawn
+def pareto_figure(records:dict, name:str="test.exact", axes=COST_AXES) -> Figure:
+    "Metric `name` against every cost; the runs on the joint front in color, with intervals."
+    front, runs = pareto_runs(records, name, axes)
+    figure, panels = canvas(PAGE, 2.5, columns=len(axes), sharey=True)
+    for ax, (axis, (label, unit)) in zip(panels, axes.items()):
+        cost = {r: records[r]["cost"][axis]/unit for r in runs}
+        ax.plot([cost[r] for r in runs], summary(records, runs, name)[:, 0], ".", color=".75", ms=4, zorder=1)
+        for i, r in enumerate(front): mark(ax, [cost[r]], summary(records, [r], name), color=PALETTE[i % 10], marker=MARKERS[i % 8], label=r)
+        ax.set(xscale="log", xlabel=label); close_ticks(ax.xaxis)
+    panels[0].set_ylabel({"exact": "exact match"}.get(name.split(".")[-1], name.split(".")[-1]))
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="outside upper center")
+    return figure
+
+# %% ../nbs/14_figures.ipynb #bdb20c75
+@drawn
+def errors_figure(table:pd.DataFrame) -> Figure:
+    "Share of captions with each kind of error, a mark per run; `table` as `errors.error_table` makes it. Kinds that never occur are left out."
+    kinds = [k for k in KINDS if table[k].any()] or list(KINDS[:1])
+    figure, (ax,) = canvas(COLUMN, .7 + .24*len(kinds))
+    for i, run in enumerate(table.index):
+        at = np.arange(len(kinds)) + (i - (len(table) - 1)/2)*.6/len(table)
+        ax.plot(table.loc[run, kinds], at, ls="", color=PALETTE[i % 10], marker=MARKERS[i % 8], label=run)
+    ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="share of captions", xlim=(-.02, None))
+    ax.invert_yaxis(); ax.grid(True, axis="x"); ax.grid(False, axis="y")
+    figure.legend(*ax.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure

@@ -8,8 +8,9 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'COSTS', 'P
            'p_text', 'sign', 'compare', 'comparisons', 'metric_macros', 'cost_macros', 'diff_macros', 'about_macros',
            'merged', 'macros', 'run_name', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
            'gates_table', 'ranks_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
-           'audit_table', 'corpus_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table',
-           'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'audit_table', 'corpus_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table',
+           'errors_table', 'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report',
+           'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -24,8 +25,9 @@ from .config import Params, load_params, run_config, under
 from .core import InputError, content_hash, read_json, repo_path, write_text
 from .figures import (GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, contact_figure, curves_figure, differing,
                              gates_figure, kib, main_figure, save_figure, scaling_figure, selection_figure, selectors_figure)
+from .errors import KINDS, error_counts
 from .metrics import bootstrap_ci
-from .scaling import holm, paired_permutation
+from .scaling import ScalingFit, flatness, holm, paired_permutation
 
 # %% ../nbs/14a_report.ipynb #c6087d33
 RETRIEVAL = dict(r1="R@1", r5="R@5", medr="MedR", map="mAP")
@@ -354,6 +356,24 @@ def provenance_table(e:Evidence) -> str:
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table)
+
+# %% ../nbs/14a_report.ipynb #c10dd07d
+def laws_table(fits:dict) -> str:
+    "A row per `ScalingFit` of {name: fit}: exponents with intervals, floor, error on the held-out sizes beside a constant's, verdict, change."
+    def between(low, high, places=2): return f"[{sign(number(low, places))}, {sign(number(high, places))}]"
+    def row(name, fit:ScalingFit):
+        flat, r = flatness(fit), fit.record()
+        exponents = ", ".join(f"{number(a, 2)} {between(*ci)}" for a, ci in zip(r["a"], r["a_ci95"]))
+        change = rf"{sign(number(100*flat['change'], 1))}\,\% {between(*(100*v for v in flat['change_ci95']), 1)}"
+        return [_escape(name), exponents, number(r["E"]), number(r["error"]), number(r["constant_error"]), flat["verdict"], change]
+    header = ["Law", r"Exponents, 95\,\% interval", "Floor", "Held-out error", "Of a constant", "Verdict", "Change"]
+    return tabular("llrrrll", [header], [row(*each) for each in fits.items()])
+
+def errors_table(runs:dict, references:list[str]) -> str:
+    "A row per run of {name: predictions}: captions, share right, then the share with each kind of error."
+    counts = {run: error_counts(p, references) for run, p in runs.items()}
+    rows = [[run_name(run), count(c["n"]), *(number(c[k]/c["n"]) for k in ("right", *KINDS))] for run, c in counts.items()]
+    return tabular("l" + "r"*(len(KINDS) + 2), [["Run", "Captions", "Right", *map(str.capitalize, KINDS)]], rows)
 
 # %% ../nbs/14a_report.ipynb #660ce447
 FIGURES = dict(main=lambda e: main_figure(e.records), gates=lambda e: gates_figure(e.records),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from .adapters import save_adapter
 from .batch import ClipSet, load_clips
 from .config import Params, RunConfig, active_profile, run_config
 from .core import InputError, repo_path, result_record, write_text
@@ -77,8 +78,8 @@ def evaluate(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple
 # %% ../nbs/12a_runs.ipynb #a2695f21
 def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate) -> dict:
     "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint."
-    model, tokenizer = build(repo_path(config.base), config, seed)
     train, log, optimizer = data["train"], {"loss": [], "seconds": 0.}, None
+    model, tokenizer = build(repo_path(config.base), config, seed, calibration=(train.clips, train.captions))
     if config.steps:
         trainer = Trainer(model, tokenizer, train.clips, train.captions, config, seed)
         checkpoint = folder and Path(folder)/f"seed{seed}.checkpoint.safetensors"
@@ -90,11 +91,11 @@ def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measu
         signals = gate_signals(part.clips, config.gate_signal, train.clips, seed, split)
         results[split] = measure(model, tokenizer, part, signals, retrieval=split == "test")
     cost = cost_of(model, optimizer, log["seconds"], len(log["loss"]), time.perf_counter() - begin)
-    if folder and hasattr(model, "save_pretrained"): _keep(model, folder, seed)
+    if folder and config.method != "frozen": _keep(model, folder, seed)
     return dict(seed=seed, log=log, results=results, cost=cost, audit=audit(model).to_dict("records"))
 
 def _keep(model, folder, seed):
-    model.save_pretrained(Path(folder)/f"seed{seed}")
+    save_adapter(model, Path(folder)/f"seed{seed}")
     Path(folder, f"seed{seed}.checkpoint.safetensors").unlink(missing_ok=True)
 
 # %% ../nbs/12a_runs.ipynb #b92d2239

@@ -192,4 +192,4 @@ def soundtrack(scene:Scene) -> tuple[tuple, Sound | None]:
     kind, length = str(rng.choice(SOUNDS)), int(rng.integers(3, 6))
     busy = {t for e in scene.events for t in range(e.start, e.start + e.length)}
     free = [t for t in range(1, FRAMES - length) if busy.isdisjoint(range(t, t + length))]
-    return audible, Sound(kind, int(rng.choice(free)), length)
+    return audible, Sound(kind, int(rng.choice(free)), length) if free else None           # long events may leave no room

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['signal_scale', 'gate_signals', 'caption_loss', 'rows_of_step', 'rate_at', 'make_optimizer', 'trained_tensors',
-           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Trainer', 'fit', 'build']
+           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Trainer', 'fit', 'calibration_batches',
+           'chosen_ranks', 'chosen_sizes', 'build']
 
 # %% ../nbs/09_train.ipynb #d6da6057
 import json, math, time
@@ -18,11 +19,15 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .adapters import QUANTIZATION, adapt, tokens_per_frame
+from .adapters import QUANTIZATION, adapt, matching_size, tokens_per_frame
+from .allocate import MEASURED, allocate, budget_of
 from .batch import ClipSet, caption_ids, collate
-from .config import CHANNELS, RunConfig
+from .config import CHANNELS, LOW_RANK, RunConfig
 from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
-from .model import load_model
+from .joint import apply_bits, options_for, plan, requantized
+from .model import linears, load_model
+from .prune import START, Pruner
+from .ranks import module_ranks, storage_bytes
 from .temporal import gated_layers, set_frame_signals
 
 # %% ../nbs/09_train.ipynb #60d49cf7
@@ -68,8 +73,11 @@ def rate_at(step:int, steps:int, warmup:int) -> float:
 def make_optimizer(model, config:RunConfig) -> torch.optim.AdamW:
     "AdamW over what is trainable; gates have their own learning rate and no weight decay."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    gates, rest = [p for n, p in named if "lora_gate" in n], [p for n, p in named if "lora_gate" not in n]
-    groups = [dict(params=rest, lr=config.lr, weight_decay=config.weight_decay)]
+    gates = [p for n, p in named if "lora_gate" in n]
+    factors = [p for n, p in named if "ia3_" in n]                       # at 1 when nothing is learned: not to be pulled to 0
+    rest = [p for n, p in named if "lora_gate" not in n and "ia3_" not in n]
+    groups = [dict(params=rest, lr=config.lr, weight_decay=config.weight_decay)] if rest else []
+    if factors: groups.append(dict(params=factors, lr=config.lr, weight_decay=0.))
     if gates: groups.append(dict(params=gates, lr=config.lr*config.gate_lr, weight_decay=0.))
     for group in groups: group["peak"] = group["lr"]
     return torch.optim.AdamW(groups, betas=(.9, .98), fused=True)
@@ -117,6 +125,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.device = next(model.parameters()).device
         self.tokens = tokens_per_frame(model.config)
+        self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
 
     def step(self, n:int) -> float:
         rows = rows_of_step(n, self.config.batch_size, len(self.clips), self.seed)
@@ -128,6 +137,7 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
         self.optimizer.step()
+        if self.pruner: self.pruner(n)
         return float(loss.detach())
 
 # %% ../nbs/09_train.ipynb #a210860b
@@ -151,11 +161,55 @@ def fit(
         state["loss"].append(round(loss, 5))
         state |= {"step": n + 1, "seconds": time.perf_counter() - begin}
         if checkpoint and ((n + 1) % every == 0 or n + 1 == last): save_checkpoint(checkpoint, trainer.model, trainer.optimizer, state)
+    if trainer.pruner and state["step"] == config.steps: trainer.pruner.finish()
     return {k: state[k] for k in ("loss", "seconds")}
 
+# %% ../nbs/09_train.ipynb #1100c3d7
+def calibration_batches(model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int) -> list[dict]:
+    "`config.calibration` clips, drawn by `seed`, in batches of the run's size, on the model's device."
+    rows = torch.from_numpy(rng_for(seed, "calibration").permutation(len(clips))[:config.calibration])
+    device, tokens = next(model.parameters()).device, tokens_per_frame(model.config)
+    parts = [collate(tokenizer, clips[r], [caption_ids(tokenizer, captions[i]) for i in r], tokens) for r in rows.split(config.batch_size)]
+    return [{k: v.to(device) for k, v in batch.items()} for batch in parts]
+
+# %% ../nbs/09_train.ipynb #4ddb0167
+def chosen_ranks(model, config:RunConfig, batches=()) -> dict:
+    "The ranks that `config` asks for, allocated if it says so. The joint allocation also gives `model` its bits."
+    budgeted = config.budget_rank or config.budget_bytes
+    if config.method not in LOW_RANK or (config.allocation == "uniform" and not budgeted): return config.ranks
+    budget = budget_of(model, config.ranks, config.budget_rank, config.budget_bytes)
+    if "dora" in config.method: budget -= sum(4*model.get_submodule(n).out_features for n in module_ranks(model, config.ranks))   # magnitudes
+    if config.allocation == "joint":
+        if not batches: raise InputError("allocation joint", "needs calibration clips")
+        if not config.budget_bytes: budget += sum(storage_bytes(requantized(m, "nf4")) for ms in linears(model).values() for m in ms.values())
+        found = plan(options_for(model, batches, config.ranks), budget)
+        apply_bits(model, found.bits)
+        return found.ranks
+    if config.allocation != "prune": return allocate(config.allocation, model, config.ranks, budget, batches)
+    model.prune_to = budget                                              # the trainer's pruner reads it
+    return allocate("uniform", model, config.ranks, int(START*budget))
+
+def chosen_sizes(model, config:RunConfig) -> dict:
+    "Width and prefix length for `adapt`: of the configuration, or what its budget pays for."
+    sizes = dict(width=config.width, prefix_length=config.prefix_length)
+    if config.method in LOW_RANK or not (config.budget_rank or config.budget_bytes): return sizes
+    budget = budget_of(model, config.ranks, config.budget_rank, config.budget_bytes)
+    return dict.fromkeys(sizes, matching_size(model, config.method, config.ranks, budget))
+
 # %% ../nbs/09_train.ipynb #eab1ed21
-def build(base, config:RunConfig, seed:int=0, device:str|None=None):
-    "(model, tokenizer) ready to train: the base in folder `base`, loaded and adapted as `config` says."
-    model, tokenizer = load_model(base, QUANTIZATION[config.method], device=device)
-    model = adapt(model, config.method, config.ranks, config.alpha_over_rank, config.gate, CHANNELS[config.signals], seed=seed_for(seed, "adapter") % 2**31)
+def build(
+    base,                  # Folder of the base model
+    config:RunConfig,
+    seed:int=0,
+    device:str|None=None,  # Default: cuda if there is one, else cpu
+    calibration=None,      # (ClipSet, captions) of training clips, for allocations that measure
+):                         # (model, tokenizer)
+    "The base in folder `base`, loaded, allocated and adapted as `config` says: ready to train."
+    loaded = "none" if config.allocation == "joint" else config.quantization or QUANTIZATION[config.method]
+    model, tokenizer = load_model(base, loaded, device=device)
+    measured = calibration is not None and config.allocation in MEASURED
+    batches = calibration_batches(model, tokenizer, *calibration, config, seed) if measured else ()
+    ranks, sizes = chosen_ranks(model, config, batches), chosen_sizes(model, config)
+    model = adapt(model, config.method, ranks, config.alpha_over_rank, config.gate, CHANNELS[config.signals],
+                  seed=seed_for(seed, "adapter") % 2**31, **sizes)
     return model, tokenizer

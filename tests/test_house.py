@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, closure, code_cells, imported, notebooks, rooms
 
-DATA, MODELS = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "signals", "frames", "batch", "prepare"), ("model", "smollm2", "temporal", "ranks", "adapters")
+DATA = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "signals", "frames", "batch", "prepare")
+MODELS = ("model", "smollm2", "temporal", "ranks", "bottleneck", "prefix", "allocate", "joint", "prune", "adapters")
 EXPERIMENTS = sorted((ROOT/"nbs/experiments").glob("*.ipynb"))
 
 
@@ -27,7 +28,7 @@ def test_data_rooms_and_model_rooms_do_not_know_each_other():
     assert not {(m, d) for m in MODELS for d in closure([m]) if d in DATA}
 
 
-@pytest.mark.parametrize("room", ["core", "config", "corpus", "metrics", "scaling", "figures", "report", "cli", "__init__"])
+@pytest.mark.parametrize("room", ["core", "config", "corpus", "metrics", "retrieval", "statistics", "errors", "scaling", "figures", "report", "cli", "__init__"])
 def test_rooms_that_only_read_results_import_no_torch(room):
     module = "mmqlora" if room == "__init__" else f"mmqlora.{room}"
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'IPython', 'jupyter_core', 'nbdev') if m in sys.modules])"
