@@ -209,6 +209,7 @@ def _overridden(profile:Profile, name:str, given:dict) -> dict:
     for key in keys: given = {**given, **profile.override.get(key, {})}
     return given
 
+# %% ../nbs/01_config.ipynb #097570eb
 def under(params:Params, profile:str) -> Params:
     "`params` under a profile: with its corpus, frames and runs, each run checked."
     params = params.model_copy(update={"profile": profile})
