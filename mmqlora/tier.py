@@ -6,7 +6,7 @@
 __all__ = ['provenance', 'make_corpus', 'held_out_exact', 'make_base', 'Job', 'jobs_of', 'trials_of', 'do_job', 'work', 'is_done',
            'run_queue', 'read_trials', 'chosen_rates', 'with_rates', 'collect']
 
-# %% ../nbs/12b_tier.ipynb #756552f3
+# %% ../nbs/12b_tier.ipynb #c26e1d13
 import datetime, gc, os, tempfile, time, traceback
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -32,14 +32,14 @@ from .runs import SplitData, combine, load_split, read_split, run_seed, scored
 from .scenes import FRAMES
 from .smollm2 import graft
 
-# %% ../nbs/12b_tier.ipynb #a3e6405e
+# %% ../nbs/12b_tier.ipynb #952c0dff
 def provenance(command:str, commit:str="") -> dict:
     "What every result of a lease carries: sources, libraries, machine and card, day, command."
     card = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
     return dict(code_version=code_version(), versions=versions(), hardware=hardware() | card, date=datetime.date.today().isoformat(),
                 commit=commit or git_commit(), command=command)
 
-# %% ../nbs/12b_tier.ipynb #1804e0c9
+# %% ../nbs/12b_tier.ipynb #224b06c3
 def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
     "Render the corpus of the active profile and choose the frames of every split."
     root = repo_path(params.corpus.root)
@@ -48,7 +48,7 @@ def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
         sets, _ = prepare(root, of_split(records, split, n), params.frames, workers, split)
         for name, clips in sets.items(): save_clips(repo_path(frames, name, f"{split}.safetensors"), clips)
 
-# %% ../nbs/12b_tier.ipynb #f9e8b041
+# %% ../nbs/12b_tier.ipynb #79da5d7c
 def held_out_exact(model, tokenizer, pixels:torch.Tensor, captions, kinds, frames:int) -> dict:
     "kind -> share of base clips (N, T, 3, S, S) captioned word for word from `frames` evenly spaced frames."
     at = ((torch.arange(frames) + .5)*FRAMES/frames).long()
@@ -79,7 +79,7 @@ def make_base(text, tokenizer, config:GpuConfig, out, size:int=96, frames:int=16
     print("held out, exact match:", exact, flush=True)
     return log
 
-# %% ../nbs/12b_tier.ipynb #693b742b
+# %% ../nbs/12b_tier.ipynb #e7d58319
 @dataclass(frozen=True)
 class Job:
     "One seed of one run, perhaps with changed fields, measured on some splits."
@@ -100,7 +100,7 @@ def trials_of(params:Params) -> list[Job]:
     grid = params.gpu.grid.items()
     return [Job(run, params.tune.seed, ((f, v),), ("dev",)) for run, fields in grid for f, values in fields.items() for v in values]
 
-# %% ../nbs/12b_tier.ipynb #29a0e3f1
+# %% ../nbs/12b_tier.ipynb #aea55649
 def _loader(params:Params, frames):
     "load(selector, budget, split) -> `SplitData`, the last few kept on the GPU if there is one."
     @lru_cache(maxsize=4)
@@ -122,7 +122,7 @@ def do_job(params:Params, job:Job, load) -> dict:
     read = {s: dict(per_clip={k: _plain(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
     return dict(job=asdict(job), config_hash=content_hash(config.model_dump()), **(result | dict(results=read)))
 
-# %% ../nbs/12b_tier.ipynb #a486d8d8
+# %% ../nbs/12b_tier.ipynb #c985cc3c
 def work(card, params:Params, tasks, out, frames, deadline:float, about:dict):
     "Do jobs from the queue `tasks` until a None or until the next one would not end before `deadline` (seconds since 1970)."
     if card is not None: os.environ["CUDA_VISIBLE_DEVICES"] = card                # before CUDA wakes up in this process
@@ -140,7 +140,7 @@ def work(card, params:Params, tasks, out, frames, deadline:float, about:dict):
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/12b_tier.ipynb #5af89bd1
+# %% ../nbs/12b_tier.ipynb #57eb67f1
 def is_done(params:Params, job:Job, out, base:str) -> bool:
     "Whether the job's file is there, made with this base model and configuration."
     path = Path(out)/f"{job.key}.json"
@@ -171,7 +171,7 @@ def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="
     else: work(None, *settings)
     return [j for j in todo if not is_done(params, j, out, base)]
 
-# %% ../nbs/12b_tier.ipynb #96a6eb77
+# %% ../nbs/12b_tier.ipynb #66083609
 def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
     "run, field values and mean dev loss of the trials that were done."
     done = [(j, repo_path(out, f"{j.key}.json")) for j in jobs]
@@ -192,7 +192,7 @@ def with_rates(params:Params, chosen:dict) -> Params:
     override = {**profile.override, **{k: {**profile.override.get(k, {}), **v} for k, v in chosen.items()}}
     return params.model_copy(update={"profiles": {**params.profiles, params.profile: profile.model_copy(update={"override": override})}})
 
-# %% ../nbs/12b_tier.ipynb #53927906
+# %% ../nbs/12b_tier.ipynb #5ba7fee5
 def _seed_result(made:dict, captions:dict) -> dict:
     results = {s: scored(({k: np.array(v, float) for k, v in r["per_clip"].items()}, {}, r["written"]), captions[s]) for s, r in made["results"].items()}
     return made | dict(results=results)
