@@ -6,7 +6,7 @@
 __all__ = ['provenance', 'make_corpus', 'held_out_exact', 'make_base', 'Job', 'jobs_of', 'trials_of', 'do_job', 'work', 'is_done',
            'run_queue', 'read_trials', 'chosen_rates', 'with_rates', 'collect']
 
-# %% ../nbs/12b_tier.ipynb #c26e1d13
+# %% ../nbs/12b_tier.ipynb #276f5c5b
 import datetime, gc, os, tempfile, time, traceback
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -32,14 +32,14 @@ from .runs import SplitData, combine, load_split, read_split, run_seed, scored
 from .scenes import FRAMES
 from .smollm2 import graft
 
-# %% ../nbs/12b_tier.ipynb #952c0dff
+# %% ../nbs/12b_tier.ipynb #c2481f0b
 def provenance(command:str, commit:str="") -> dict:
     "What every result of a lease carries: sources, libraries, machine and card, day, command."
     card = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
     return dict(code_version=code_version(), versions=versions(), hardware=hardware() | card, date=datetime.date.today().isoformat(),
                 commit=commit or git_commit(), command=command)
 
-# %% ../nbs/12b_tier.ipynb #224b06c3
+# %% ../nbs/12b_tier.ipynb #36cd69a0
 def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
     "Render the corpus of the active profile and choose the frames of every split."
     root = repo_path(params.corpus.root)
@@ -48,7 +48,7 @@ def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
         sets, _ = prepare(root, of_split(records, split, n), params.frames, workers, split)
         for name, clips in sets.items(): save_clips(repo_path(frames, name, f"{split}.safetensors"), clips)
 
-# %% ../nbs/12b_tier.ipynb #79da5d7c
+# %% ../nbs/12b_tier.ipynb #8be93e20
 def held_out_exact(model, tokenizer, pixels:torch.Tensor, captions, kinds, frames:int) -> dict:
     "kind -> share of base clips (N, T, 3, S, S) captioned word for word from `frames` evenly spaced frames."
     at = ((torch.arange(frames) + .5)*FRAMES/frames).long()
@@ -79,7 +79,7 @@ def make_base(text, tokenizer, config:GpuConfig, out, size:int=96, frames:int=16
     print("held out, exact match:", exact, flush=True)
     return log
 
-# %% ../nbs/12b_tier.ipynb #e7d58319
+# %% ../nbs/12b_tier.ipynb #d8ec3e6c
 @dataclass(frozen=True)
 class Job:
     "One seed of one run, perhaps with changed fields, measured on some splits."
@@ -100,7 +100,7 @@ def trials_of(params:Params) -> list[Job]:
     grid = params.gpu.grid.items()
     return [Job(run, params.tune.seed, ((f, v),), ("dev",)) for run, fields in grid for f, values in fields.items() for v in values]
 
-# %% ../nbs/12b_tier.ipynb #aea55649
+# %% ../nbs/12b_tier.ipynb #80c2d176
 def _loader(params:Params, frames):
     "load(selector, budget, split) -> `SplitData`, the last few kept on the GPU if there is one."
     @lru_cache(maxsize=4)
@@ -122,10 +122,9 @@ def do_job(params:Params, job:Job, load) -> dict:
     read = {s: dict(per_clip={k: _plain(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
     return dict(job=asdict(job), config_hash=content_hash(config.model_dump()), **(result | dict(results=read)))
 
-# %% ../nbs/12b_tier.ipynb #c985cc3c
-def work(card, params:Params, tasks, out, frames, deadline:float, about:dict):
+# %% ../nbs/12b_tier.ipynb #06d2f7d3
+def work(params:Params, tasks, out, frames, deadline:float, about:dict):
     "Do jobs from the queue `tasks` until a None or until the next one would not end before `deadline` (seconds since 1970)."
-    if card is not None: os.environ["CUDA_VISIBLE_DEVICES"] = card                # before CUDA wakes up in this process
     torch.set_num_threads(1)
     disable_progress_bar()
     load, longest = _loader(params, frames), 0.
@@ -140,7 +139,7 @@ def work(card, params:Params, tasks, out, frames, deadline:float, about:dict):
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/12b_tier.ipynb #57eb67f1
+# %% ../nbs/12b_tier.ipynb #20604837
 def is_done(params:Params, job:Job, out, base:str) -> bool:
     "Whether the job's file is there, made with this base model and configuration."
     path = Path(out)/f"{job.key}.json"
@@ -153,6 +152,14 @@ def _cards() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())])[:torch.cuda.device_count()]
 
+def _start_on(process, card:str|None):
+    "Start a process that sees one GPU only. Its environment must say so from the start: importing bitsandbytes already wakes CUDA."
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if card is not None: os.environ["CUDA_VISIBLE_DEVICES"] = card
+    process.start()
+    if card is not None and before is None: os.environ.pop("CUDA_VISIBLE_DEVICES")
+    if before is not None: os.environ["CUDA_VISIBLE_DEVICES"] = before
+
 def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="artifacts/gpu/frames", deadline:float=float("inf"),
               about:dict|None=None, workers:int|None=None) -> list[Job]:
     "Do `jobs` side by side (`workers` per GPU; 0: in this process), their files in folder `out`; returns those not done."
@@ -164,14 +171,14 @@ def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="
     about = dict(about or provenance("run_queue"), base=base, side_by_side=n)
     for item in (*todo, *[None]*max(1, n)): tasks.put(item)
     settings = (params, tasks, out, frames, deadline, about)
-    processes = [context.Process(target=work, args=(cards[i % len(cards)] if cards else None, *settings)) for i in range(n)]
-    for p in processes: p.start()
+    processes = [context.Process(target=work, args=settings) for i in range(n)]
+    for i, p in enumerate(processes): _start_on(p, cards[i % len(cards)] if cards else None)
     for p in processes: p.join()
     if each: tasks.cancel_join_thread()                                                # what nobody took is for the next lease
-    else: work(None, *settings)
+    else: work(*settings)
     return [j for j in todo if not is_done(params, j, out, base)]
 
-# %% ../nbs/12b_tier.ipynb #66083609
+# %% ../nbs/12b_tier.ipynb #3085fbb3
 def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
     "run, field values and mean dev loss of the trials that were done."
     done = [(j, repo_path(out, f"{j.key}.json")) for j in jobs]
@@ -192,7 +199,7 @@ def with_rates(params:Params, chosen:dict) -> Params:
     override = {**profile.override, **{k: {**profile.override.get(k, {}), **v} for k, v in chosen.items()}}
     return params.model_copy(update={"profiles": {**params.profiles, params.profile: profile.model_copy(update={"override": override})}})
 
-# %% ../nbs/12b_tier.ipynb #5ba7fee5
+# %% ../nbs/12b_tier.ipynb #775dd3fa
 def _seed_result(made:dict, captions:dict) -> dict:
     results = {s: scored(({k: np.array(v, float) for k, v in r["per_clip"].items()}, {}, r["written"]), captions[s]) for s, r in made["results"].items()}
     return made | dict(results=results)
