@@ -76,7 +76,8 @@ def quantization_config(quantization:str, dtype=torch.float32) -> BitsAndBytesCo
 def mixed_precision(model, device:str="cuda"):
     "Compute in bfloat16 from now on, whatever type the weights have; words and images enter the text model in one type."
     model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
-    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.bfloat16())
+    if hasattr(model.model, "connector"):                              # idefics' children, before transformers 5.20, do not cast themselves
+        model.model.connector.register_forward_hook(lambda module, args, out: out.to(model.dtype))
 
 def load_model(
     path,                      # Folder (or hub name) of a transformers video-language model
