@@ -38,7 +38,7 @@ check() {
 base() {
   watch
   (sleep ${WAIT:-50}; gpu corpus) > /dev/null & local made=$!
-  gpu base || gpu base --set gpu.compile=false --set gpu.batch_size=96
+  gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96
   wait $made
   gpu tune --deadline $((begin + $1 - 20))
   python3 scripts/gpu.py pack

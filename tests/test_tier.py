@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mmqlora import tier
 from mmqlora.config import load_params
-from mmqlora.core import read_json, repo_path
+from mmqlora.core import read_json, repo_path, write_json
 from mmqlora.report import check_record
 from mmqlora.grammar import vocabulary
 from mmqlora.tier import chosen_rates, collect, jobs_of, make_base, make_corpus, read_trials, run_queue, trials_of
@@ -47,7 +47,8 @@ def params(tmp_path_factory):
     patch.chdir(root)                                                     # `repo_path` looks from here, in the processes of the queue too
     params = load_params(profile="gpu")
     make_corpus(params, workers=1)
-    make_base(*stand_in(), params.gpu, repo_path("artifacts/gpu/base"), size=48, frames=4, device="cpu", workers=1)
+    log = make_base(*stand_in(), params.gpu, repo_path("artifacts/gpu/base"), size=48, frames=4, device="cpu", workers=1)
+    write_json(repo_path("artifacts/gpu/base/log.json"), log)
     yield params
     patch.undo()
 
