@@ -17,6 +17,7 @@ from torch import nn
 
 from .bottleneck import add_bottlenecks, bottleneck_bytes
 from .core import InputError, atomic_path, read_json, write_json
+from .families import family_of
 from .model import bits_of, linears
 from .prefix import add_prefixes, prefix_bytes
 from .ranks import adapter_tensors, audit, rank_settings
@@ -64,23 +65,26 @@ def adapt(
     method:str="qlora",          # A key of `QUANTIZATION`
     ranks:dict|None=None,        # Modality or module -> rank (default: 8 everywhere); the other methods read from it where to sit
     alpha_over_rank:float=2.,    # LoRA scaling alpha / r
-    gate:str="none",             # Temporal gate: none, scalar or rank
+    gate:str="none",             # Temporal gate: none, scalar, rank, time or gradient
     signals:int=2,               # Frame signals C that the gate sees
     seed:int=0,                  # Of the initial A matrices, or whatever else starts random
     width:int=16,                # Of bottleneck adapters
     prefix_length:int=16,        # Keys and values per attention of prefix tuning
+    temporal:str|None=None,      # The same as `gate`; "gate" means rank
 ):                               # A `PeftModel` around the model (LoRA, DoRA, IA3), else the model itself
     "Make `model` ready to train with `method`. Raises `InputError` if method, bits and ranks do not fit together."
     if method not in QUANTIZATION: raise InputError("method", f"unknown method '{method}'", f"choose from: {', '.join(QUANTIZATION)}")
     _check_bits(model, method)
+    if temporal is not None: gate = "rank" if temporal == "gate" else temporal
     if method in ("frozen", "full"): return model.requires_grad_(method == "full")
+    if gate != "none": family_of(model)                                # no map from frames to tokens: an error before anything is changed
     ranks = ranks or {m: 8 for m in linears(model)}
     if method in ("bottleneck", "prefix", "ia3"): return _adapt_other(model, method, placed(model, ranks), seed, width, prefix_length)
     settings = rank_settings(model, ranks, alpha_over_rank) | ({"use_dora": True} if "dora" in method else {})
     config = peft.LoraConfig(**settings) if gate == "none" else TemporalLoraConfig(**settings, gate=gate, signals=signals)
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model.requires_grad_(False), config)
-    if gate != "none": wire_gates(adapted, tokens_per_frame(model.config))
+    if gate != "none": wire_gates(adapted)
     audit(adapted, ranks)
     return adapted
 
@@ -117,15 +121,22 @@ def save_adapter(model, folder):
     tensors = {n: p.detach().contiguous() for n, p in adapter_tensors(model).items()}
     with atomic_path(folder/"adapter_model.safetensors") as tmp: save_file(tensors, tmp)
 
-def load_adapter(model:nn.Module, folder):
+def load_adapter(model:nn.Module, folder, trainable:bool=False):
     "The adapter in `folder` on a freshly loaded base. Raises `InputError` for a folder without one, or one that does not fit."
     stored = read_json(Path(folder)/"adapter_config.json")
-    if "method" in stored: return _load_ours(model, Path(folder), stored)
+    if "method" in stored: return _load_ours(model, Path(folder), stored).train(trainable)
     config_class = TemporalLoraConfig if "gate" in stored else peft.PeftConfig.from_pretrained(folder).__class__
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
-    adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config)
-    if "gate" in stored: wire_gates(adapted, tokens_per_frame(model.config))
-    return adapted.eval()
+    if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
+    return peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable).train(trainable)
+
+def _load_gated(model, folder, config, trainable:bool):
+    config.inference_mode = not trainable
+    model = peft.get_peft_model(model.requires_grad_(False), config)
+    wire_gates(model)                                                  # layers that see no frame lose their gates before weights come
+    missing = model.load_adapter(str(folder), "default", is_trainable=trainable).missing_keys
+    if missing: raise InputError(folder, f"{len(missing)} tensors are missing, e.g. {missing[0]}", "give the base this adapter was trained on")
+    return model
 
 def _load_ours(model, folder, settings):
     adapted, tensors = adapt(model, **settings), load_file(folder/"adapter_model.safetensors")
@@ -133,4 +144,4 @@ def _load_ours(model, folder, settings):
     if {n: p.shape for n, p in here.items()} != {n: t.shape for n, t in tensors.items()}:
         raise InputError(folder, "holds an adapter of another model", "load the base it was trained on")
     for name, parameter in here.items(): parameter.data.copy_(tensors[name])
-    return adapted.eval()
+    return adapted

