@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Split', 'Selector', 'Method', 'Quantization', 'Allocation', 'Modality', 'Gate', 'GateSignal', 'Signals', 'CHANNELS',
            'LOW_RANK', 'Strict', 'BudgetConfig', 'RunConfig', 'Profile', 'CorpusConfig', 'FramesConfig',
-           'PretrainConfig', 'TuneConfig', 'Params', 'parse', 'read_yaml', 'load_params', 'active_profile',
-           'run_config']
+           'PretrainConfig', 'TuneConfig', 'GpuConfig', 'Params', 'parse', 'read_yaml', 'load_params', 'active_profile',
+           'under', 'run_config']
 
 # %% ../nbs/01_config.ipynb #56c8258d
 import difflib
@@ -94,6 +94,12 @@ class Profile(Strict):
     clips: dict[Split, int]                         # Clips used of each split
     steps: int | None = None                        # Caps the steps of every run
     max_seeds: int | None = None                    # Caps the seeds of every run
+    seeds: list[int] | None = None                  # Of every run that trains, whatever it lists
+    corpus: dict = {}                               # What differs in the section corpus
+    frames: dict = {}                               # What differs in the section frames
+    runs: dict[str, dict] = {}                      # Runs of this tier only
+    only: list[str] | None = None                   # Which runs this tier makes, in this order; None: all
+    override: dict[str, dict] = {}                  # What differs in runs: `all` changes defaults; a method, `gated` and a run change runs
 
 class CorpusConfig(Strict):
     "The corpus on disk: records and videos under `root`."
@@ -101,6 +107,7 @@ class CorpusConfig(Strict):
     root: str
     seed: int = 0
     clips: dict[Split, int] = {}                    # Clips generated per split; none of an imported corpus
+    side: int | None = Field(None, ge=16)           # Pixels a side of the files; None: as MMEvents defines them
 
 class FramesConfig(Strict):
     "Frame selection: which budget, which size, which selectors are prepared."
@@ -131,6 +138,25 @@ class TuneConfig(Strict):
     seed: int                                       # A seed that no reported run uses
     grid: dict[str, dict[str, list]]
 
+# %% ../nbs/01_config.ipynb #57f306e0
+class GpuConfig(Strict):
+    "The tier gpu: its base model, made on the machine in minutes, and its queue of runs."
+    vision: dict[str, int]                          # hidden, layers, mlp of the new vision tower
+    patch: int = 16                                 # Pixels a side of a patch
+    scale: int = 3                                  # scale x scale patches become one token
+    clips: int                                      # Base clips rendered
+    tower_seconds: float                            # The tower alone: what is where
+    seconds: float                                  # All of it: captions
+    batch_size: int
+    lr: float                                       # Of tower and connector
+    text_share: float = Field(.2, ge=0)             # Learning rate of the pretrained text model, as a share of lr
+    compile: bool = False                           # torch.compile the layers
+    held_out: int = 200                             # Base clips kept for testing
+    workers: int = Field(8, ge=1)                   # Runs side by side on one GPU
+    seed: int = 0
+    grid: dict[str, dict[str, list]] = {}           # As in tune, chosen on the machine
+
+# %% ../nbs/01_config.ipynb #3ce86201
 class Params(Strict):
     "All of params.yaml."
     profile: str
@@ -139,6 +165,7 @@ class Params(Strict):
     frames: FramesConfig
     pretrain: PretrainConfig
     tune: TuneConfig
+    gpu: GpuConfig | None = None
     defaults: dict = {}
     runs: dict[str, dict]
 
@@ -165,13 +192,12 @@ def read_yaml(path) -> dict:
     try: return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as err: raise InputError(path, f"not valid YAML ({' '.join(str(err).split())})") from None
 
-def load_params(path=None) -> Params:
-    "params.yaml, every run of it checked."
+def load_params(path=None, profile:str|None=None) -> Params:
+    "params.yaml under its own or another `profile`, every run of it checked."
     path = Path(path or repo_path("params.yaml"))
-    params = parse(Params, read_yaml(path), path.name)
-    active_profile(params)
-    for name in params.runs: run_config(params, name)
-    return params
+    data = read_yaml(path)
+    params = parse(Params, data, path.name)
+    return under(params, profile or params.profile)
 
 # %% ../nbs/01_config.ipynb #a38c9606
 def active_profile(params:Params) -> Profile:
@@ -179,15 +205,36 @@ def active_profile(params:Params) -> Profile:
     if params.profile in params.profiles: return params.profiles[params.profile]
     raise InputError("params.yaml: profile", f"unknown profile '{params.profile}'", _nearest(params.profile, params.profiles))
 
+def _overridden(profile:Profile, name:str, given:dict) -> dict:
+    "`given` with what the profile changes in runs of its method, in gated ones, in this run."
+    keys = [given.get("method", RunConfig().method), *(["gated"] if given.get("gate", "none") != "none" else []), name]
+    for key in keys: given = {**given, **profile.override.get(key, {})}
+    return given
+
+# %% ../nbs/01_config.ipynb #097570eb
+def under(params:Params, profile:str) -> Params:
+    "`params` under a profile: with its corpus, frames and runs, each run checked."
+    params = params.model_copy(update={"profile": profile})
+    tier, where = active_profile(params), f"params.yaml: profiles.{profile}"
+    def differing(section, change, model): return parse(model, {**section.model_dump(), **change}, where)
+    runs = {**params.runs, **tier.runs}
+    if unknown := [name for name in tier.only or () if name not in runs]:
+        raise InputError(f"{where}.only", f"unknown run '{unknown[0]}'", _nearest(unknown[0], runs))
+    params = params.model_copy(update=dict(corpus=differing(params.corpus, tier.corpus, CorpusConfig), runs={n: runs[n] for n in tier.only or runs},
+                                           frames=differing(params.frames, tier.frames, FramesConfig)))
+    for name in params.runs: run_config(params, name)
+    return params
+
 def run_config(params:Params, name:str) -> RunConfig:
-    "The complete configuration of run `name`: defaults, then the run, then the limits of the profile."
+    "The complete configuration of run `name`: defaults, then the run, then what the profile changes and its limits."
     if name not in params.runs: raise InputError("params.yaml: runs", f"unknown run '{name}'", _nearest(name, params.runs))
     profile = active_profile(params)
-    given = {**params.defaults, **(params.runs[name] or {})}
+    given = _overridden(profile, name, {**params.defaults, **profile.override.get("all", {}), **(params.runs[name] or {})})
     run = parse(RunConfig, given, f"params.yaml: runs.{name}")
     steps = 0 if run.method == "frozen" else min(run.steps, profile.steps or run.steps)
     if run.selector not in params.frames.selectors:
         raise InputError(f"params.yaml: runs.{name}.selector", f"'{run.selector}' is not in frames.selectors")
     if run.frames not in params.frames.budgets:
         raise InputError(f"params.yaml: runs.{name}.frames", f"{run.frames} is not in frames.budgets")
-    return run.model_copy(update={"steps": steps, "seeds": run.seeds[:profile.max_seeds]})
+    seeds = run.seeds if run.method == "frozen" else profile.seeds or run.seeds
+    return run.model_copy(update={"steps": steps, "seeds": seeds[:profile.max_seeds]})

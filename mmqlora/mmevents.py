@@ -71,17 +71,17 @@ def truth_of(scene:Scene) -> dict:
                 sounds=[dict(kind=s.kind, start=s.start, length=s.length) for s in (extra,) if s])
 
 def _write_clip(job) -> ClipRecord:
-    root, split, index, scene, group = job
+    root, split, index, scene, group, side = job
     name = f"{split}/{index:05d}.mp4"
     path = Path(root)/name
-    write_mp4(path, render(scene, SIDE), sound(scene), COARSE if scene.corruption == "compression" else {})
+    write_mp4(path, render(scene, side), sound(scene), COARSE if scene.corruption == "compression" else {})
     said = [i for i in instructions(scene) if i["kind"][:8] != "language"]                # those are the captions
     return ClipRecord(id=f"{split}-{index:05d}", video=name, split=split, captions={code: [scene.tell(code)] for code in GRAMMARS},
                       gallery=group, sha256=file_hash(path), questions=questions(scene), instructions=said, truth=truth_of(scene))
 
 def build_mmevents(root, config:CorpusConfig, workers:int=2) -> list[ClipRecord]:
     "Render all splits of MMEvents into folder `root`, with a datasheet; the records are written last, so a broken run is seen."
-    jobs = [(str(root), split, i, scene, group) for split, n in config.clips.items()
+    jobs = [(str(root), split, i, scene, group, config.side or SIDE) for split, n in config.clips.items()
             for i, (scene, group) in enumerate(scenes_of(split, n, config.seed))]
     with ProcessPoolExecutor(workers) as pool:
         records = list(tqdm(pool.map(_write_clip, jobs, chunksize=16), total=len(jobs), desc="rendering", unit="clip", mininterval=2))

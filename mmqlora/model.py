@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'NO_TOWER', 'THINKERS', 'small_config', 'new_model', 'modality_map', 'modality_of', 'tower_pattern',
-           'linears', 'quantization_config', 'from_pretrained', 'processor', 'load_model', 'save_model', 'bits_of']
+           'linears', 'quantization_config', 'from_pretrained', 'processor', 'mixed_precision', 'load_model',
+           'save_model', 'bits_of']
 
 # %% ../nbs/07_model.ipynb #5a2112e8
 import os
@@ -159,7 +160,8 @@ def from_pretrained(
     config = _read_config(path)
     skip = ("lm_head", *(p.rstrip(".") for p in NO_TOWER.get(config.model_type, ())))
     return _class_for(config).from_pretrained(
-        path, dtype=dtype, use_safetensors=True, quantization_config=quantization_config(quantization, dtype, skip),
+        path, dtype=dtype, use_safetensors=True,
+        quantization_config=quantization_config(quantization, torch.bfloat16 if "cuda" in device else dtype, skip),
         device_map={"": device}, attn_implementation="sdpa")
 
 # %% ../nbs/07_model.ipynb #6b3bd275
@@ -170,6 +172,12 @@ def processor(path):
         except (OSError, ValueError, ImportError): pass
     raise InputError(path, "holds neither processor nor tokenizer", "save one there, or give another path")
 
+def mixed_precision(model, device:str="cuda"):
+    "Compute in bfloat16 from now on, whatever type the weights have; what is trained stays in float32."
+    model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    if hasattr(model.model, "connector"):                              # idefics' children, before transformers 5.20, do not cast themselves
+        model.model.connector.register_forward_hook(lambda module, args, out: out.to(model.dtype))
+
 def load_model(
     path,                      # Folder (or hub name) of a transformers video-language model
     quantization:str="none",   # none, nf4, fp4 or int8
@@ -177,7 +185,9 @@ def load_model(
     device:str|None=None,      # Default: cuda if there is one, else cpu
 ):                             # (model, tokenizer)
     "A model and its tokenizer, from safetensors only. Raises `InputError` for a folder that is not a known model."
-    return from_pretrained(path, quantization, dtype, device), AutoTokenizer.from_pretrained(str(path))
+    model = from_pretrained(path, quantization, dtype, device)
+    if model.device.type == "cuda": mixed_precision(model)
+    return model, AutoTokenizer.from_pretrained(str(path))
 
 # %% ../nbs/07_model.ipynb #631390f7
 def save_model(path, model, tokenizer, log:dict):

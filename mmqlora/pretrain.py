@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'FAST', 'MODES', 'FAMILIES', 'CARD', 'ABILITIES', 'TASKS', 'base_chunk', 'render_base', 'tasks_of',
-           'base_tasks', 'patch_features', 'static_logits', 'draw_mode', 'draw_frames', 'learning_rate', 'Table',
-           'task_tables', 'Stepper', 'TaskStepper', 'run_step', 'pretrain', 'greedy', 'exact_by_kind',
-           'held_out_scores', 'model_card', 'provenance', 'pretrain_base']
+           'base_tasks', 'patch_features', 'causal_hidden', 'static_logits', 'draw_mode', 'draw_frames',
+           'learning_rate', 'Table', 'task_tables', 'Stepper', 'TaskStepper', 'run_step', 'pretrain', 'greedy',
+           'exact_by_kind', 'held_out_scores', 'model_card', 'provenance', 'pretrain_base']
 
 # %% ../nbs/09a_pretrain.ipynb #4f75a69e
 import datetime, tempfile, time
@@ -82,6 +82,13 @@ def patch_features(vision, pixels):
     seen = vision.encoder(inputs_embeds=patches + vision.embeddings.position_embedding.weight, attention_mask=None)
     return vision.post_layernorm(seen.last_hidden_state)
 
+def causal_hidden(text, x):
+    "Last hidden states (B, L, H) of a Llama for embeddings x without padding. No mask is written out, which transformers does while a graph is recorded."
+    at = torch.arange(x.shape[1], device=x.device)[None]
+    turn = text.rotary_emb(x, position_ids=at)
+    for layer in text.layers: x = layer(x, attention_mask=None, position_ids=at, position_embeddings=turn)
+    return text.norm(x)
+
 def static_logits(model, pixels, times, caption, bos:int, cap:int, prompt=None, audio=None):
     "Logits (B, L, vocabulary) for caption tokens (B, L), given frames (B, K, 3, S, S) uint8, time (and audio) tokens (B, K), perhaps prompt tokens (B, P)."
     text, (b, k) = model.model.text_model, times.shape
@@ -92,11 +99,11 @@ def static_logits(model, pixels, times, caption, bos:int, cap:int, prompt=None, 
     edge = torch.stack([embed[bos], embed[cap]]).expand(b, 2, -1)
     asked = [] if prompt is None or not prompt.shape[1] else [embed[prompt]]
     sequence = torch.cat([edge[:, :1], frames, *asked, edge[:, 1:], embed[caption]], 1)
-    hidden = text(inputs_embeds=sequence, use_cache=False).last_hidden_state
+    hidden = causal_hidden(text, sequence)
     return model.lm_head(hidden[:, -caption.shape[1] - 1:-1])
 
 # %% ../nbs/09a_pretrain.ipynb #f8240c61
-MODES = {"image": (1, ("still",)), "pair": (2, ("single", "pair")), "video": (8, tuple(BASE_MIX))}
+MODES = {"image": (1, ("still",)), "pair": (2, ("single", "pair")), "video": (8, tuple(BASE_MIX)), "long": (16, tuple(BASE_MIX))}
 
 FAMILIES = {"language": .35, "question": .25, "instruction": .15, "audio": .25}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import Params, load_params, run_config
+from .config import Params, load_params, run_config, under
 from .core import InputError, content_hash, read_json, repo_path, write_text
 from .figures import (GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, contact_figure, curves_figure, differing,
                              gates_figure, kib, main_figure, save_figure, scaling_figure, selection_figure, selectors_figure)
@@ -57,7 +57,7 @@ def check_record(record:dict, where):
 # %% ../nbs/14a_report.ipynb #ab2ce3f4
 def load_results(tier:str, params:Params|None=None, folder="results") -> dict:
     "run -> result record, for every run of params.yaml, read from `folder`/`tier`, checked against its configuration there."
-    params = (params or load_params()).model_copy(update={"profile": tier})
+    params = under(params or load_params(), tier)
     records = {}
     for run in params.runs:
         path, fix = repo_path(folder, tier, f"{run}.json"), f"dvc repro finetune@{run}"

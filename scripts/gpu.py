@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""The stage `gpu` in steps, for a machine that is lent for minutes: scripts/gpu.py STEP [options]. CONTRIBUTING.md says how.
+
+The functions are those that nbs/experiments/gpu.ipynb calls; what a step makes lies in artifacts/gpu, so that the next goes on.
+"""
+import argparse, os, tarfile, tempfile, time
+from pathlib import Path
+
+import yaml
+
+from mmqlora.config import load_params, read_yaml
+from mmqlora.core import read_json, repo_path, write_json
+
+RATES, HERE = "artifacts/gpu/tune.json", "artifacts/gpu"
+
+
+def changed(sets):
+    "params.yaml with KEY=VALUE changes (dots go down), under the profile gpu."
+    data = read_yaml(repo_path("params.yaml"))
+    for item in sets:
+        path, value = item.split("=", 1)
+        *way, last = path.split(".")
+        place = data
+        for key in way: place = place.setdefault(key, {})
+        place[last] = yaml.safe_load(value)
+    with tempfile.TemporaryDirectory() as d:
+        file = Path(d)/"params.yaml"
+        file.write_text(yaml.safe_dump(data, sort_keys=False))
+        return load_params(file, profile="gpu")
+
+
+def corpus(params, args):
+    from mmqlora.tier import make_corpus
+    make_corpus(params, workers=args.workers or len(os.sched_getaffinity(0)))
+
+
+def base(params, args):
+    from mmqlora.smollm2 import read_gguf
+    from mmqlora.tier import make_base, provenance
+    log = make_base(*read_gguf(args.gguf), params.gpu, repo_path(HERE, "base"), params.frames.size, max(params.frames.budgets))
+    write_json(repo_path(HERE, "base", "log.json"), log | provenance(args.command, args.commit))
+
+
+def tune(params, args):
+    from mmqlora.tier import chosen_rates, provenance, read_trials, run_queue, trials_of
+    jobs, about = trials_of(params), provenance(args.command, args.commit)
+    missing = run_queue(params, jobs, deadline=args.deadline, about=about, workers=args.workers)
+    trials = read_trials(jobs)
+    write_json(repo_path(RATES), dict(trials=trials, chosen=chosen_rates(params, trials), missing=[j.key for j in missing], **about))
+    print(yaml.safe_dump(read_json(repo_path(RATES))["chosen"]), *sorted(trials, key=str), sep="\n")
+
+
+def rated(params):
+    from mmqlora.tier import with_rates
+    return with_rates(params, read_json(repo_path(RATES))["chosen"]) if repo_path(RATES).is_file() else params
+
+
+def runs(params, args):
+    from mmqlora.tier import jobs_of, provenance, run_queue
+    params = rated(params)
+    missing = run_queue(params, jobs_of(params, args.only), deadline=args.deadline, about=provenance(args.command, args.commit), workers=args.workers)
+    print(f"{len(missing)} jobs missing:", *[j.key for j in missing])
+
+
+def collect(params, args):
+    from mmqlora.tier import collect as records_of
+    made, missing = records_of(rated(params))
+    for run, record in made.items(): write_json(repo_path("results/gpu", f"{run}.json"), record)
+    scores = {run: record["metrics"]["test.exact"] for run, record in made.items()}
+    for run, m in scores.items(): print(f"{run:24} exact {m['value']:.3f}", [round(s, 3) for s in m["seeds"]])
+    print("not complete:", *missing)
+
+
+def pack(params, args):
+    "Everything that must come home, in one file."
+    keep = [p for p in ("queue", "tune.json", "corpus/records.jsonl", "base/log.json", "base/config.json") if repo_path(HERE, p).exists()]
+    with tarfile.open(Path(args.out)/"gpu.tar.gz", "w:gz") as tar:
+        for p in keep: tar.add(repo_path(HERE, p), f"{HERE}/{p}")
+    print("packed", keep, f"{os.path.getsize(Path(args.out)/'gpu.tar.gz')/1e6:.1f} MB")
+
+
+STEPS = dict(corpus=corpus, base=base, tune=tune, runs=runs, collect=collect, pack=pack)
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change params.yaml for this call")
+    parser.add_argument("--gguf", default=f"{HERE}/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds since 1970")
+    parser.add_argument("--workers", type=int, help="processes (tune, runs: per GPU)")
+    parser.add_argument("--only", nargs="+", help="runs (default: all of params.yaml)")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT", ""))
+    parser.add_argument("--out", default=os.environ.get("OUT", "."))
+    args = parser.parse_args()
+    args.command, begin = f"scripts/gpu.py {args.step}", time.time()
+    STEPS[args.step](changed(args.set), args)
+    print(f"{args.step}: {time.time() - begin:.0f} s", flush=True)
