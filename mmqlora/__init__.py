@@ -33,6 +33,8 @@ ROOMS = {
     "planner": "Setting fits_or_raise plan predict",
     "quickstart": "load",
 }
+
+# %% ../nbs/15a_init.ipynb #40341afa
 _ROOM_OF = {name: room for room, names in ROOMS.items() for name in names.split()}
 __all__ = ["__version__", *_ROOM_OF]
 

@@ -130,6 +130,7 @@ def load_adapter(model:nn.Module, folder, trainable:bool=False):
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
     return peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable).train(trainable)
 
+# %% ../nbs/08d_adapters.ipynb #3c379b41
 def _load_gated(model, folder, config, trainable:bool):
     config.inference_mode = not trainable
     model = peft.get_peft_model(model.requires_grad_(False), config)

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import _nearest
 from .core import InputError, file_hash, read_json, write_json, write_text

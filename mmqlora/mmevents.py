@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import CorpusConfig
 from .core import atomic_path, file_hash, rng_for, write_text

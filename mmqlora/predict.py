@@ -9,7 +9,7 @@ __all__ = ['clips_at_a_time', 'write_answers', 'write_captions', 'score_captions
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .adapters import tokens_per_frame
 from .batch import ClipSet, caption_ids, collate

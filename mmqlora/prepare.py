@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .batch import ClipSet, dominant_pitch, pitch_class
 from .config import FramesConfig, parse

@@ -119,13 +119,16 @@ def sign(text:str) -> str:
 
 # %% ../nbs/14a_report.ipynb #63896de1
 PLANNED = {
-    "C1": [("qlora", "lora", "exact"), ("qlora", "full", "exact")],
-    "C2": [("qlora", "qlora-uniform", "exact"), ("qlora", "qlora-random", "exact"), ("qlora", "qlora-motion", "exact"),
-           ("qlora", "qlora-uniform", "transient")],
-    "C3": [("tqlora", "qlora", "exact"), ("tqlora", "tqlora-constant", "exact"), ("tqlora", "tqlora-shuffled", "exact"),
-           ("tqlora", "tqlora-random", "exact"), ("tqlora", "tqlora-scalar", "exact"), ("tqlora", "qlora", "transient")],
-    "C4": [("qlora", "qlora-text", "exact"), ("qlora-ranks", "qlora", "exact")],
-    "C5": [("qlora-r16", "qlora-r2", "exact")],
+    "C1": [("qlora", "lora", "exact"), ("qlora", "full", "exact"), ("qlora-int8", "qlora", "exact")],
+    "C2": [("qlora", "qlora-uniform", "exact"), ("qlora", "qlora-random", "exact"), ("qlora", "qlora-motion", "exact"), ("qlora-cover", "qlora-uniform", "exact"),
+           ("qlora-k4", "qlora-uniform-k4", "exact"), ("qlora-cover-k4", "qlora-uniform-k4", "exact"), ("qlora-cover-k4", "qlora-k4", "exact"),
+           ("qlora-cover-k4", "qlora-uniform-k4", "transient")],
+    "C3": [("tqlora", "qlora-uniform-k4", "exact"), ("tqlora", "tqlora-constant", "exact"), ("tqlora", "tqlora-shuffled", "exact"),
+           ("tqlora", "tqlora-random", "exact"), ("tqlora", "tqlora-energy", "exact"), ("tqlora", "tqlora-scalar", "exact"),
+           ("tqlora", "qlora-uniform-k4", "transient")],
+    "C4": [("qlora", "qlora-text", "exact"), ("qlora-ranks", "qlora", "exact"), ("qlora-gradient", "qlora", "exact"), ("qlora-joint", "qlora", "exact")],
+    "C5": [("qlora-r16", "qlora-r2", "exact"), ("qlora-r16", "qlora", "exact")],
+    "C6": [("qdora", "qlora", "exact"), ("bottleneck", "qlora", "exact"), ("prefix", "qlora", "exact"), ("ia3", "qlora", "exact")],
 }
 
 def compare(records:dict, a:str, b:str, metric:str) -> dict:

@@ -84,15 +84,15 @@ def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measu
         trainer = Trainer(model, tokenizer, train.clips, train.captions, config, seed)
         checkpoint = folder and Path(folder)/f"seed{seed}.checkpoint.safetensors"
         log, optimizer = fit(trainer, checkpoint, label=f"{name} seed {seed}"), trainer.optimizer
-    begin = time.perf_counter()
-    results = {}
+    cost, about = cost_of(model, optimizer, log["seconds"], len(log["loss"])), audit(model).to_dict("records")    # as it was trained
+    begin, results = time.perf_counter(), {}
     for split, part in data.items():
         if split == "train": continue
         signals = gate_signals(part.clips, config.gate_signal, train.clips, seed, split)
         results[split] = measure(model, tokenizer, part, signals, retrieval=split == "test")
-    cost = cost_of(model, optimizer, log["seconds"], len(log["loss"]), time.perf_counter() - begin)
+    cost["eval_seconds"] = round(time.perf_counter() - begin, 2)
     if folder and config.method != "frozen": _keep(model, folder, seed)
-    return dict(seed=seed, log=log, results=results, cost=cost, audit=audit(model).to_dict("records"))
+    return dict(seed=seed, log=log, results=results, cost=cost, audit=about)
 
 def _keep(model, folder, seed):
     save_adapter(model, Path(folder)/f"seed{seed}")

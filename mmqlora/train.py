@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .adapters import QUANTIZATION, adapt, matching_size, tokens_per_frame
 from .allocate import MEASURED, allocate, budget_of

@@ -27,7 +27,7 @@ def test_the_file_of_this_repository_holds():
     (lambda p: p.update(profiel="cpu"), "params.yaml: profiel: unknown key -- did you mean 'profile'?"),
     (lambda p: p["runs"]["qlora"].update(rnaks={}), "params.yaml: runs.qlora: rnaks: unknown key -- did you mean 'ranks'?"),
     (lambda p: p["runs"]["qlora"].update(lr="fast"), "params.yaml: runs.qlora: lr: Input should be a valid number"),
-    (lambda p: p["runs"]["qlora"].update(ranks={"audio": 4}), "params.yaml: runs.qlora: ranks.audio"),
+    (lambda p: p["runs"]["qlora"].update(ranks={"smell": 4}), "params.yaml: runs.qlora: ranks.smell"),
     (lambda p: p["runs"]["qlora"].update(ranks={"text": 0}), "all ranks are 0: nothing would be trained"),
     (lambda p: p["runs"]["full"].update(gate="rank"), "a gate needs lora or qlora, not full"),
     (lambda p: p["frames"].update(selectors=["uniform"]), "is not in frames.selectors"),

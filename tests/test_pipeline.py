@@ -74,7 +74,7 @@ def tiny(corpus, tmp_path, monkeypatch):
     write_records(tmp_path/"data", records)
     for split in ("train", "test", "ood"):
         sets, _ = prepare(root, [r for r in records if r.split == split], load_params(tmp_path/"params.yaml").frames, workers=1, label=split)
-        save_clips(tmp_path/f"artifacts/frames/entropy-8/{split}.safetensors", sets["entropy-8"])
+        for name in ("entropy-8", "uniform-4"): save_clips(tmp_path/f"artifacts/frames/{name}/{split}.safetensors", sets[name])
     return tmp_path
 
 
