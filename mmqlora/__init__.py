@@ -27,7 +27,10 @@ ROOMS = {
     "adapters": "adapt",
     "lifecycle": "export merge",
     "train": "Trainer build fit",
+    "lowmem": "low_memory FeatureCache",
+    "steps": "MasterAdamW MicroBatches pack packed",
     "predict": "write_captions",
+    "planner": "Setting fits_or_raise plan predict",
     "quickstart": "load",
 }
 _ROOM_OF = {name: room for room, names in ROOMS.items() for name in names.split()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'errors', 'IMPORT_HELP', 'command', 'corpus', 'train', 'caption', 'ImportHelp', 'import_', 'check',
-           'main']
+           'plan', 'main']
 
 # %% ../nbs/15_cli.ipynb #eb619f0b
 import functools
@@ -136,6 +136,31 @@ def check():
     for problem in problems: errors.print(problem, markup=False)
     if problems: raise InputError("paper", f"{len(problems)} problems", "`dvc repro report` writes what is missing")
     console.print("paper: every number, table and figure is there")
+
+def _bytes(text:str) -> int:
+    "Bytes of '8GiB' or '500MiB'."
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if text.endswith(unit) and text.removesuffix(unit).replace(".", "", 1).isdigit(): return int(float(text.removesuffix(unit))*size)
+    raise InputError("--memory", f"not a size: '{text}'", "a number and GiB or MiB, such as 8GiB")
+
+# %% ../nbs/15_cli.ipynb #4f44b315
+@command
+def plan(model: Annotated[str, typer.Argument(help="Folder with a config.json, hub name, or an architecture of the benchmark (qwen2.5-vl-7b, ...).")],
+         memory: Annotated[str, typer.Option(help="Memory of the GPU, such as 8GiB.")],
+         frames: Annotated[int | None, typer.Option(min=2, help="Frames of a clip (default: as many as fit).")] = None,
+         rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+         side: Annotated[int, typer.Option(help="Pixels of a frame, where the tower takes any size.")] = 336):
+    "Say what a training step needs, from the configuration alone, and the best setting that fits a memory."
+    size = _bytes(memory)                                                # a wrong size fails before torch is loaded
+    from mmqlora.planner import Calibration, gib
+    from mmqlora.planner import plan as best
+    p = best(model, size, frames, rank, side)
+    table = Table("", "", title=f"{model}: {p.setting}", show_header=False)
+    for name, value in dict(peak=gib(p.peak), resident=gib(p.resident), optimizer=gib(p.optimizer), activations=gib(p.activations)).items(): table.add_row(name, value)
+    table.add_row("tokens", f"{p.tokens:,}")
+    table.add_row("operations", f"{p.flops/1e12:.1f} TFLOP")
+    table.add_row("step on an H100", f"at least {1000*Calibration().bound(p):.0f} ms")
+    console.print(table)
 
 def main():
     "Entry point of the `mmqlora` command."

@@ -6,7 +6,7 @@
 __all__ = ['VATEX_ID', 'VIDEO_SUFFIXES', 'FORMATS', 'Place', 'Entry', 'msrvtt', 'activitynet', 'vatex', 'lsmdc', 'msrvtt_qa',
            'ego4d_nlq', 'howto100m', 'Problem', 'Format', 'import_corpus']
 
-# %% ../nbs/03a_importers.ipynb #212790f4
+# %% ../nbs/03a_importers.ipynb #87dcb61e
 import csv, json, os, re, shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core import InputError, file_hash, read_json, write_json, write_text
 from .corpus import ClipRecord, Question, read_records, write_records
 from .video import video_info
 
-# %% ../nbs/03a_importers.ipynb #42609c0e
+# %% ../nbs/03a_importers.ipynb #7a96fbcf
 class Place(NamedTuple):
     "A video file, by its name without folder and extension, and the span of the clip in it (seconds; None: its end)."
     stem: str
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
     gallery: str | None = None
     truth: dict = {}
 
-# %% ../nbs/03a_importers.ipynb #a9c6f8a3
+# %% ../nbs/03a_importers.ipynb #22da7972
 def _files(paths, *patterns) -> list[Path]:
     "Annotation files among `paths` (files, or folders that are searched) whose names match a pattern, in order of the patterns."
     found = []
@@ -60,7 +60,7 @@ def _shaped(where, data, kind:type, *keys):
         raise InputError(where, f"not in this corpus's format ({'no ' + ', '.join(missing) if missing else f'expected a {kind.__name__}'})")
     return data
 
-# %% ../nbs/03a_importers.ipynb #14010f9c
+# %% ../nbs/03a_importers.ipynb #08cd6208
 def _csv(path, *columns) -> list[dict]:
     "Rows of a csv file with a header. Raises `InputError` where a column is missing."
     with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
@@ -89,7 +89,7 @@ def msrvtt(paths) -> list[Entry]:
     return [Entry(v, split, [Place(v)], {"en": list(dict.fromkeys(captions[v]))}, gallery=f"msrvtt-{split}" if split != "train" else None)
             for v, split in splits.items()]
 
-# %% ../nbs/03a_importers.ipynb #049b8068
+# %% ../nbs/03a_importers.ipynb #5f03ae59
 def activitynet(paths) -> list[Entry]:
     "ActivityNet Captions (Krishna et al., ICCV 2017)."
     entries = []
@@ -103,7 +103,7 @@ def activitynet(paths) -> list[Entry]:
                                      {"en": [text.strip()]}, gallery=f"activitynet-{split}" if split != "train" else None))
     return entries
 
-# %% ../nbs/03a_importers.ipynb #7347218f
+# %% ../nbs/03a_importers.ipynb #e5da3832
 VATEX_ID = re.compile(r"^(.+)_(\d{6})_(\d{6})$")
 
 def vatex(paths) -> list[Entry]:
@@ -118,7 +118,7 @@ def vatex(paths) -> list[Entry]:
             entries.append(Entry(name, split, places, captions, gallery=f"vatex-{split}" if split != "train" else None))
     return entries
 
-# %% ../nbs/03a_importers.ipynb #de79b0f5
+# %% ../nbs/03a_importers.ipynb #ca6f9012
 def _film_seconds(time:str) -> float:
     "`01.02.03.500` -> 3723.5"
     h, m, s, ms = time.strip().split(".")
@@ -145,7 +145,7 @@ def lsmdc(paths) -> list[Entry]:
             if sentence and sentence not in entry.captions["en"]: entry.captions["en"].append(sentence)
     return list(entries.values())
 
-# %% ../nbs/03a_importers.ipynb #9a69f7a5
+# %% ../nbs/03a_importers.ipynb #43cba8f8
 def msrvtt_qa(paths) -> list[Entry]:
     "MSRVTT-QA (Xu et al., ACM MM 2017): one clip per video, with its questions."
     entries = {}
@@ -159,7 +159,7 @@ def msrvtt_qa(paths) -> list[Entry]:
                                         question=asked["question"], answer=str(asked["answer"])))
     return list(entries.values())
 
-# %% ../nbs/03a_importers.ipynb #34ee0d54
+# %% ../nbs/03a_importers.ipynb #e17ecf55
 def _nlq_questions(clip) -> tuple[list, int]:
     "(questions, number of queries without a window) of a clip of Ego4D NLQ."
     asked = [q for a in clip.get("annotations", []) for q in a["language_queries"]]
@@ -181,7 +181,7 @@ def ego4d_nlq(paths) -> list[Entry]:
                                      truth=dict(queries_without_window=lost) if lost else {}))
     return entries
 
-# %% ../nbs/03a_importers.ipynb #aa67ace1
+# %% ../nbs/03a_importers.ipynb #219fe139
 def howto100m(paths) -> list[Entry]:
     "HowTo100M (Miech et al., ICCV 2019): narration, one clip per subtitle."
     told = {}
@@ -195,7 +195,7 @@ def howto100m(paths) -> list[Entry]:
     return [Entry(f"{video}-{i:04d}", "train", [Place(video, float(start), float(end))], {"en": [str(text).strip()]})
             for video, t in told.items() for i, (start, end, text) in enumerate(zip(t["start"], t["end"], t["text"]))]
 
-# %% ../nbs/03a_importers.ipynb #3e49e596
+# %% ../nbs/03a_importers.ipynb #ec9a582a
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif", ".ts", ".ogv"}
 
 def _video_files(folder) -> dict[str, Path]:
@@ -224,7 +224,7 @@ class _Finder:
         if isinstance(self.seen[path], InputError): raise self.seen[path]
         return self.seen[path]
 
-# %% ../nbs/03a_importers.ipynb #58b50cf3
+# %% ../nbs/03a_importers.ipynb #ca699c28
 def _check(finder:_Finder, entry:Entry) -> tuple[Place, Path, bool] | Problem:
     "(place, file, whether the end was clamped) of a usable entry, else its problem."
     def problem(kind, detail=""): return Problem(entry.id, entry.split, entry.places[0].stem, kind, detail)
@@ -255,7 +255,7 @@ def _bring(path:Path, videos:Path, out:Path) -> str:
         except OSError: shutil.copy2(path, target)
     return str(target.relative_to(out))
 
-# %% ../nbs/03a_importers.ipynb #4a2519aa
+# %% ../nbs/03a_importers.ipynb #e18d821f
 class Format(NamedTuple):
     "A corpus that can be imported."
     read: Callable
@@ -279,7 +279,7 @@ FORMATS = {
                         "www.di.ens.fr/willow/research/howto100m"),
 }
 
-# %% ../nbs/03a_importers.ipynb #71ae022d
+# %% ../nbs/03a_importers.ipynb #6558b0ba
 def _shared(records) -> dict:
     "Numbers of videos that two splits have in common."
     videos = defaultdict(set)
@@ -297,7 +297,17 @@ def _report(name, paths, entries, records, problems, clamped) -> dict:
                 problems=dict(kinds), missing_videos=len({p.video for p in problems if p.problem == "missing"}),
                 clamped=clamped, queries_without_window=lost, videos_in_two_splits=_shared(records), listed_in="problems.jsonl")
 
-# %% ../nbs/03a_importers.ipynb #ce2eea59
+# %% ../nbs/03a_importers.ipynb #d6dc2d4b
+def _entries(name:str, paths:list) -> list[Entry]:
+    "What the annotations say; whatever is not as the corpus's authors publish it becomes an `InputError`."
+    try: entries = FORMATS[name].read(paths)
+    except InputError: raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as err:
+        raise InputError(paths[0], f"not in the format of {FORMATS[name].title} ({type(err).__name__}: {err})") from None
+    if not entries: raise InputError(paths[0], f"holds no annotations of {FORMATS[name].title}", f"looked for {FORMATS[name].files}")
+    return entries
+
+# %% ../nbs/03a_importers.ipynb #d538625d
 def _usable(entries, videos:Path, out:Path, min_seconds:float, label:str) -> tuple[list, list, int]:
     "(records, problems, number of clamped spans); the videos of the records are brought below `out`."
     finder, records, problems, clamped = _Finder(videos, min_seconds), [], [], 0
@@ -319,8 +329,7 @@ def import_corpus(
     "Write `records.jsonl`, `report.json` and `problems.jsonl`. Raises `InputError` if no clip could be used."
     if name not in FORMATS: raise InputError("corpus", f"unknown format '{name}'", _nearest(name, FORMATS))
     paths, videos = [Path(a) for a in annotations], Path(videos).absolute()
-    entries, out = FORMATS[name].read(paths), Path(out or videos).absolute()
-    if not entries: raise InputError(paths[0], f"holds no annotations of {FORMATS[name].title}", f"looked for {FORMATS[name].files}")
+    entries, out = _entries(name, paths), Path(out or videos).absolute()
     records, problems, clamped = _usable(entries, videos, out, min_seconds, name)
     report = _report(name, [f for f in _files(paths, r"\.(json|csv)$") if f.parent != out], entries, records, problems, clamped)
     write_text(out/"problems.jsonl", "".join(json.dumps(p._asdict(), ensure_ascii=False) + "\n" for p in problems))

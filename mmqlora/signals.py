@@ -57,12 +57,15 @@ def change_entropy(change:np.ndarray, step:float=4., bins:int=16) -> np.ndarray:
     entropy = _histogram_entropy(np.minimum((change/step).astype(int), bins - 1), bins)
     return np.maximum(entropy - np.median(entropy), 0).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #a482d72b
+# %% ../nbs/04_signals.ipynb #3d56bad9
 def block_colors(frames:np.ndarray, grid:int=8) -> np.ndarray:
     "(T, H, W, 3) uint8 -> (T, grid * grid, 3) float32: the mean colour of each block."
     blocks = _blocks(frames, grid)
     pixels = blocks.shape[2]*blocks.shape[4]
-    total = _sum_blocks(blocks.astype(np.uint16 if pixels <= 257 else np.uint32))
+    rows = blocks[:, :, 0].astype(np.uint16 if pixels <= 257 else np.uint32)
+    for i in range(1, blocks.shape[2]): rows += blocks[:, :, i]               # rows first: long runs of memory
+    total = rows[:, :, :, 0].copy()
+    for j in range(1, blocks.shape[4]): total += rows[:, :, :, j]
     return total.reshape(len(frames), grid*grid, -1).astype(np.float32)/np.float32(pixels)
 
 def change_mass(colors:np.ndarray, above:float=3., least:float=.3) -> np.ndarray:
@@ -72,7 +75,7 @@ def change_mass(colors:np.ndarray, above:float=3., least:float=.3) -> np.ndarray
     usual = np.median(step, axis=0) + least
     return np.log1p(np.concatenate([[0.], np.maximum(step/usual - above, 0).sum(1)])).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #020b465e
+# %% ../nbs/04_signals.ipynb #f5df178d
 class SignalStream:
     "Signals of frames that arrive in pieces."
     def __init__(self, grid:int=8): self.grid, self.last, self.change, self.colors = grid, None, [], []
@@ -92,13 +95,13 @@ def frame_signals(frames:np.ndarray, piece:int=64) -> dict:
     for i in range(0, len(frames), piece): stream.add(frames[i:i + piece])
     return stream.signals()
 
-# %% ../nbs/04_signals.ipynb #98212701
+# %% ../nbs/04_signals.ipynb #39e24d4b
 def spatial_entropy(frames:np.ndarray, bins:int=32) -> np.ndarray:
     "(T, H, W, 3) uint8 -> (T,) entropy in bits of each frame's grey histogram; at most log2(bins)."
     grey = frames.sum(3, dtype=np.int32).reshape(len(frames), -1)*bins//766
     return _histogram_entropy(grey, bins).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #55b47808
+# %% ../nbs/04_signals.ipynb #8614c67b
 def scene_cuts(
     frames:np.ndarray,     # (T, H, W, 3) uint8 RGB
     fps:float=25.,         # Frames a second

@@ -91,6 +91,10 @@ def test_an_adaptive_budget_keeps_its_mean_and_its_limits_and_sees_more():
     budgets = adaptive_budgets([s["change"] for _, s in found] + calm, 4, low=2, high=9)
     assert budgets.sum() == 4*60 and budgets.min() >= 2 and budgets.max() <= 9
     assert budgets[40:].mean() < budgets[:40].mean()
+    events = [[dict(start=e.start, length=e.length) for e in scene.events] for scene, _ in found] + [[dict(start=12, length=1)]]*20
+    signals, thin = [s["change"] for _, s in found] + calm, adaptive_budgets([s["change"] for _, s in found] + calm, 2)
+    seen = [np.mean([coverage(cover(s, int(k)), e) for s, k, e in zip(signals, budget, events)]) for budget in (thin, [2]*60)]
+    assert seen[0] >= seen[1]
 
 
 def test_scenes_get_a_frame_each_before_any_gets_two():

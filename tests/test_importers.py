@@ -204,6 +204,18 @@ def test_a_file_in_another_format_is_one_line_that_names_it(tmp_path, place, nam
     assert str(tmp_path) in str(err.value) and "\n" not in str(err.value) and "format" in str(err.value) or "six fields" in str(err.value)
 
 
+@pytest.mark.parametrize("name, file, data", [
+    ("activitynet", "train.json", {"v_a": dict(duration=1, timestamps=[[0]], sentences=["a"])}),
+    ("activitynet", "train.json", {"v_a": dict(duration=1, timestamps=None, sentences=["a"])}),
+    ("howto100m", "caption.json", {"a": dict(start=["soon"], end=[1], text=["a"])}),
+    ("vatex", "vatex_training_v1.0.json", [dict(videoID=7, enCap=["a"])]),
+    ("ego4d-nlq", "nlq_train.json", dict(videos=[dict(video_uid="a", clips=[dict(clip_uid="b")])])),
+    ("msrvtt-qa", "train_qa.json", [dict(video_id=0, question=None, answer="a")])])
+def test_a_damaged_annotation_is_one_line_and_no_traceback(tmp_path, place, name, file, data):
+    write_json(tmp_path/file, data)
+    with pytest.raises(InputError, match="not in the format of"): import_corpus(name, [tmp_path/file], place("a.mp4"), tmp_path/"out")
+
+
 @pytest.fixture
 def clone(tmp_path):
     "A repository with nothing in it but params.yaml."
@@ -230,9 +242,15 @@ def test_from_annotations_by_the_command_line_to_the_frames_that_a_model_sees(tm
     records = read_records(root)
     for split, n in settings.profiles["here"].clips.items():
         sets, chosen = prepare(root, of_split(records, split, n), settings.frames, workers=1)
-        save_clips(tmp_path/f"{split}.safetensors", sets["entropy-8"])
-        clips = load_clips(tmp_path/f"{split}.safetensors")
+        save_clips(clone/f"artifacts/frames/entropy-8/{split}.safetensors", sets["entropy-8"])
+        clips = load_clips(clone/f"artifacts/frames/entropy-8/{split}.safetensors")
         assert clips.pixels.shape == (n, 8, 3, 32, 32) and (np.diff(chosen["entropy-8"]) > 0).all()
+    code = """from mmqlora.config import load_params, run_config
+from mmqlora.runs import load_split
+data = load_split(load_params(), run_config(load_params(), "qlora"), "test")
+print(len(data.clips), data.captions, data.galleries)"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ran.stdout.strip() == "2 ['caption 0 of video 4', 'caption 0 of video 5'] ['msrvtt-test', 'msrvtt-test']", ran.stderr[-500:]
     checked = command("corpus", cwd=clone)
     assert checked.returncode == 0 and "5 clips" in checked.stdout, checked.stderr
 

@@ -49,7 +49,10 @@ def test_params_of_a_stage_exist(name):
         for part in key.replace("${profile}", "cpu").replace("${key}", "qlora").split("."): value = value[part]
 
 
-@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n not in ("pretrain", "tune", "decode", "gpu")])
+FROZEN = {"pretrain", "tune", "decode", "efficiency", "gpu"}
+
+
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n not in FROZEN])
 def test_a_notebook_reads_no_section_of_params_that_is_not_declared(name):
     source = "\n".join(s for s, _ in code_cells(ROOT/f"nbs/experiments/{name}.ipynb"))
     declared = {key.split(".")[0] for key in BODY[name]["params"]}
@@ -57,7 +60,7 @@ def test_a_notebook_reads_no_section_of_params_that_is_not_declared(name):
 
 
 def test_stages_that_need_a_gpu_or_choose_rates_or_time_a_machine_are_frozen():
-    assert {n for n, body in BODY.items() if body.get("frozen")} == {"pretrain", "tune", "decode", "gpu"}
+    assert {n for n, body in BODY.items() if body.get("frozen")} == FROZEN
 
 
 @pytest.fixture

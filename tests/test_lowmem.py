@@ -1,0 +1,212 @@
+"The low-memory step: the same losses and gradients as stock for every family and lever, packing, exact resume, too little memory."
+import peft
+import pytest
+import torch
+from bitsandbytes import nn as bnb
+from tiny_models import FAMILIES, build, video_inputs, videos
+from torch import nn
+from torch.nn import functional as F
+
+from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
+from mmqlora.blocks import Lin, dense, lin_forward
+from mmqlora.core import InputError
+from mmqlora.ledger import peak_of
+from mmqlora.lowmem import LEVERS, FeatureCache, linear_loss, low_memory, towers
+from mmqlora.steps import MasterAdamW, MicroBatches, pack, packed
+
+BLOCKED = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "video_llama_3", "video_llava", "llava_onevision", "internvl", "qwen2_5_omni"}
+
+
+def adapted(family, dtype=torch.float32, levers=None, bits=4, **options):
+    "A (4-bit) model of the family with LoRA outside its towers; with `levers`, after `low_memory`."
+    model = build(family).to(dtype)
+    if bits == 4: quantize_linears(model, skip=("lm_head", "embed_out"))
+    for m in model.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+        if isinstance(getattr(m, "dropout", None), float): m.dropout = 0.
+    inner = tuple(n + "." for n in towers(model))
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(inner) and "lm_head" not in n and "resampler" not in n]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model.requires_grad_(False), peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    for n, p in model.named_parameters():
+        if "lora_B" in n: p.data.normal_(std=.05)
+    if levers is not None: low_memory(model, levers, **options)
+    return model.train()
+
+
+def gradients(model, batch, context=None):
+    if context:
+        with context: loss = model(**batch).loss
+    else: loss = model(**batch).loss
+    loss.backward()
+    found = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return float(loss.detach()), found
+
+
+def distance(a, b):
+    "Relative distance of whole gradients."
+    assert a.keys() == b.keys()
+    return float(sum((a[n] - b[n]).square().sum() for n in a).sqrt()/sum(b[n].square().sum() for n in b).sqrt())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_levers_together_leave_loss_and_gradients_as_they_are(family):
+    batch = video_inputs(family)
+    loss, wanted = gradients(adapted(family), batch)
+    model = adapted(family, levers=tuple(LEVERS), embeddings="host", mlp_bytes=2000)
+    again, found = gradients(model, batch)
+    assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
+    assert ("2 layers as blocks" in model._mmqlora.done["blocks"]) == (family in BLOCKED)
+
+
+@pytest.mark.parametrize("lever", LEVERS)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics"])
+def test_each_lever_alone_leaves_loss_and_gradients_as_they_are(family, lever):
+    batch = video_inputs(family)
+    loss, wanted = gradients(adapted(family), batch)
+    again, found = gradients(adapted(family, levers=[lever], embeddings="host", head="stream", block=32), batch)
+    assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3", "qwen3_vl"])
+def test_in_16_bits_ours_is_as_close_to_fp32_as_stock(family):
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in video_inputs(family).items()}
+    exact = adapted(family, torch.bfloat16)
+    for m in exact.modules():
+        if isinstance(m, bnb.Linear4bit): m.compute_dtype = torch.float32
+    for p in exact.parameters():
+        if p.is_floating_point(): p.data = p.data.float()
+    _, wanted = gradients(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
+    stock = distance(gradients(adapted(family, torch.bfloat16), batch)[1], wanted)
+    ours = distance(gradients(adapted(family, torch.bfloat16, tuple(LEVERS)), batch)[1], wanted)
+    assert ours < 2*stock < .1                                                    # rounding the adapters to 16 bits is part of ours
+
+
+def test_it_holds_less_than_stock_and_evaluates_as_before():
+    peaks = {}
+    for way in ("stock", "ours"):
+        model = build_model("qwen2.5-vl-7b", "cpu", torch.float32, small=True)
+        loss, _ = set_up(model, way)
+        long = make_batch(model, 64, "cpu", torch.float32, side=56)
+        peaks[way] = peak_of(lambda: loss(long).backward(), model)
+    assert peaks["ours"] < .85*peaks["stock"]                                      # on a CPU element-wise pieces are not fused
+    batch = video_inputs("qwen2_5_vl")
+    stock, ours = adapted("qwen2_5_vl", bits=32), adapted("qwen2_5_vl", levers=tuple(LEVERS), bits=32)
+    with torch.no_grad(): torch.testing.assert_close(*(m.eval()(**batch).logits for m in (stock, ours)))
+
+
+def test_padding_on_either_side_changes_nothing():
+    batch = video_inputs("qwen2_5_vl")
+    def padded(left):
+        blank = {"input_ids": 0, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
+        return {k: F.pad(v, (3, 0) if left else (0, 3), value=blank[k]) if k in blank else v for k, v in batch.items()}
+    _, wanted = gradients(adapted("qwen2_5_vl"), batch)
+    for left in (True, False):
+        assert distance(gradients(adapted("qwen2_5_vl", levers=tuple(LEVERS)), padded(left))[1], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "video_llama_3", "video_llava", "internvl"])
+def test_packing_equals_separate_clips(family):
+    clips = videos(2)
+    rows = [video_inputs(family, [clips[0]]), video_inputs(family, [clips[1][:2]], text=(20, 21, 22))]
+    model = adapted(family, levers=tuple(LEVERS))
+    counts = [int((r["labels"] != -100).sum()) for r in rows]
+    parts = [gradients(model, r) for r in rows]
+    wanted = {n: sum(g[n]*c for (_, g), c in zip(parts, counts))/sum(counts) for n in parts[0][1]}
+    batch, lengths = pack(model, rows)
+    loss, found = gradients(model, batch, packed(model, lengths))
+    assert loss == pytest.approx(sum(p[0]*c for p, c in zip(parts, counts))/sum(counts), rel=1e-5)
+    assert distance(found, wanted) < 1e-5
+    assert distance(gradients(model, batch)[1], wanted) > 1e-2                     # without isolation the clips do see each other
+
+
+def test_loss_at_labels_equals_full_logits_to_the_bit():
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(32, 128, bias=False).requires_grad_(False), torch.randn(40, 32)
+    targets = torch.randint(128, (40,))
+    rows = torch.randperm(40)[:9].sort()[0]
+    full = F.cross_entropy(head(hidden), targets, reduction="none")
+    assert torch.equal(linear_loss(hidden[rows], head, targets[rows]), full[rows])
+    assert torch.equal(linear_loss(hidden[rows], head, targets[rows], at_once=4), full[rows])
+
+
+def test_weights_that_evaluation_packed_for_the_cpu_are_read_right():
+    torch.manual_seed(0)
+    layer = bnb.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+    layer.weight = bnb.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    x, before = torch.randn(3, 64), dense(layer.weight).clone()
+    with torch.no_grad(): layer.eval()(x)
+    torch.testing.assert_close(dense(layer.weight).float(), before, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lin_forward(x, Lin(layer.weight)), x @ before.T, rtol=5e-2, atol=.2)
+
+
+def test_a_resumed_run_with_16_bit_adapters_is_exact():
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in video_inputs("qwen2_5_vl").items()}
+    def trained(steps, start=None):
+        model = adapted("qwen2_5_vl", torch.bfloat16, tuple(LEVERS))
+        params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = MasterAdamW(params.values(), lr=1e-2)
+        if start:
+            for n, p in params.items(): p.data.copy_(start[0][n])
+            optimizer.load_state_dict(start[1])
+        for _ in range(steps):
+            model(**batch).loss.backward()
+            optimizer.step(); optimizer.zero_grad()
+        return {n: p.detach().clone() for n, p in params.items()}, optimizer.state_dict()
+    whole, _ = trained(4)
+    resumed, _ = trained(2, trained(2))
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+def test_the_trainer_of_transformers_can_use_it(tmp_path):
+    from transformers import Trainer, TrainingArguments
+    model = adapted("qwen2_5_vl", levers=tuple(LEVERS))
+    batch = video_inputs("qwen2_5_vl", videos(1))
+    args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True, remove_unused_columns=False,
+                             gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, save_strategy="no", disable_tqdm=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
+    Trainer(model, args, train_dataset=[batch]*4, data_collator=lambda rows: rows[0]).train()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_cached_features_save_the_tower_and_another_model_does_not_read_them(tmp_path):
+    batch = video_inputs("llava_onevision")
+    model = adapted("llava_onevision", levers=tuple(LEVERS))
+    _, wanted = gradients(model, batch)
+    cache, calls = FeatureCache(model, tmp_path), []
+    [tower] = towers(model).values()
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2): assert distance(gradients(model, batch, cache("clip"))[1], wanted) < 1e-6
+    assert cache.hits == 1 and len(list(tmp_path.glob("*.safetensors"))) == 1
+    other = adapted("llava_onevision")
+    next(iter(towers(other).values())).get_parameter("embeddings.position_embedding.weight").data += 1
+    with (another := FeatureCache(other, tmp_path))("clip"): other(**batch)
+    assert another.hits == 0
+
+
+def test_out_of_memory_in_the_middle_halves_the_micro_batch_and_keeps_the_gradient():
+    model = adapted("smolvlm", levers=tuple(LEVERS))
+    batch = video_inputs("smolvlm", videos(4))
+    _, wanted = gradients(model, batch)
+    params, memory = [p for p in model.parameters() if p.requires_grad], 2
+
+    def loss_sum(part):
+        if len(part["labels"]) > memory: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return model(**part).loss*(part["labels"][:, 1:] != -100).sum()
+
+    micro = MicroBatches(4)
+    micro(loss_sum, params, batch)
+    assert micro.size == 2 and micro.log == [2]
+    assert distance({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, wanted) < 1e-5
+    memory = 0
+    with pytest.raises(InputError, match="one example does not fit"): micro(loss_sum, params, batch)
+
+
+def test_an_adapter_that_is_not_plain_lora_keeps_its_layer_stock():
+    model = build("qwen2_5_vl").requires_grad_(False)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "language_model" in n]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, use_dora=True)).train()
+    report = low_memory(model)
+    assert "2 checkpointed" in report.done["blocks"] and "LoRA variant" in report.done["blocks"]
+    assert model(**video_inputs("qwen2_5_vl")).loss.isfinite()
