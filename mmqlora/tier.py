@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['provenance', 'make_corpus', 'held_out_exact', 'make_base', 'Job', 'jobs_of', 'trials_of', 'do_job', 'work', 'is_done',
-           'run_queue', 'read_trials', 'chosen_rates', 'with_rates', 'collect']
+           'run_queue', 'read_trials', 'chosen_rates', 'tune_record', 'with_rates', 'collect']
 
-# %% ../nbs/12b_tier.ipynb #33cea843
+# %% ../nbs/12b_tier.ipynb #0e1bf8a7
 import datetime, gc, os, tempfile, time, traceback
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -32,14 +32,14 @@ from .runs import SplitData, combine, load_split, read_split, run_seed, scored
 from .scenes import FRAMES
 from .smollm2 import graft
 
-# %% ../nbs/12b_tier.ipynb #445d2cd3
+# %% ../nbs/12b_tier.ipynb #f031e965
 def provenance(command:str, commit:str="") -> dict:
     "What every result of a lease carries: sources, libraries, machine and card, day, command."
     card = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
     return dict(code_version=code_version(), versions=versions(), hardware=hardware() | card, date=datetime.date.today().isoformat(),
                 commit=commit or git_commit(), command=command)
 
-# %% ../nbs/12b_tier.ipynb #34c6b886
+# %% ../nbs/12b_tier.ipynb #14c11ba9
 def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
     "Render the corpus of the active profile and choose the frames of every split."
     root = repo_path(params.corpus.root)
@@ -48,7 +48,7 @@ def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
         sets, _ = prepare(root, of_split(records, split, n), params.frames, workers, split)
         for name, clips in sets.items(): save_clips(repo_path(frames, name, f"{split}.safetensors"), clips)
 
-# %% ../nbs/12b_tier.ipynb #3e9fb3bd
+# %% ../nbs/12b_tier.ipynb #08f32831
 def held_out_exact(model, tokenizer, pixels:torch.Tensor, captions, kinds, frames:int) -> dict:
     "kind -> share of base clips (N, T, 3, S, S) captioned word for word from `frames` evenly spaced frames."
     at = ((torch.arange(frames) + .5)*FRAMES/frames).long()
@@ -77,7 +77,7 @@ def make_base(text, tokenizer, config:GpuConfig, out, size:int=96, frames:int=16
     print("held out, exact match:", exact, flush=True)
     return log | dict(held_out_exact=exact)
 
-# %% ../nbs/12b_tier.ipynb #7b147316
+# %% ../nbs/12b_tier.ipynb #997e863a
 @dataclass(frozen=True)
 class Job:
     "One seed of one run, perhaps with changed fields, measured on some splits."
@@ -98,7 +98,7 @@ def trials_of(params:Params) -> list[Job]:
     grid = params.gpu.grid.items()
     return [Job(run, params.tune.seed, ((f, v),), ("dev",)) for run, fields in grid for f, values in fields.items() for v in values]
 
-# %% ../nbs/12b_tier.ipynb #3ea41559
+# %% ../nbs/12b_tier.ipynb #d7dfb30e
 def _loader(params:Params, frames):
     "load(selector, budget, split) -> `SplitData`, the last few kept on the GPU if there is one."
     @lru_cache(maxsize=4)
@@ -120,7 +120,7 @@ def do_job(params:Params, job:Job, load) -> dict:
     read = {s: dict(per_clip={k: _plain(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
     return dict(job=asdict(job), config_hash=content_hash(config.model_dump()), **(result | dict(results=read)))
 
-# %% ../nbs/12b_tier.ipynb #1ef1812e
+# %% ../nbs/12b_tier.ipynb #cf6400d0
 def work(params:Params, tasks, out, frames, deadline:float, about:dict):
     "Do jobs from the queue `tasks` until a None or until the next one would not end before `deadline` (seconds since 1970)."
     torch.set_num_threads(1)
@@ -137,7 +137,7 @@ def work(params:Params, tasks, out, frames, deadline:float, about:dict):
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache(); torch.cuda.synchronize()       # raises after a fault, which ends this process only
 
-# %% ../nbs/12b_tier.ipynb #0cfe72b6
+# %% ../nbs/12b_tier.ipynb #0f3044ff
 def is_done(params:Params, job:Job, out, base:str) -> bool:
     "Whether the job's file is there, made with this base model and configuration."
     path = Path(out)/f"{job.key}.json"
@@ -158,7 +158,7 @@ def _start_on(process, card:str|None):
     if card is not None and before is None: os.environ.pop("CUDA_VISIBLE_DEVICES")
     if before is not None: os.environ["CUDA_VISIBLE_DEVICES"] = before
 
-# %% ../nbs/12b_tier.ipynb #e80ee3c6
+# %% ../nbs/12b_tier.ipynb #1bee5f17
 def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="artifacts/gpu/frames", deadline:float=float("inf"),
               about:dict|None=None, workers:int|None=None) -> list[Job]:
     "Do `jobs` side by side (`workers` per GPU; 0: in this process), their files in folder `out`; returns those not done."
@@ -177,7 +177,7 @@ def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="
     else: work(*settings)
     return [j for j in todo if not is_done(params, j, out, base)]
 
-# %% ../nbs/12b_tier.ipynb #4d13ce54
+# %% ../nbs/12b_tier.ipynb #52a9aac8
 def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
     "run, field values and mean dev loss of the trials that were done."
     done = [(j, repo_path(out, f"{j.key}.json")) for j in jobs]
@@ -192,13 +192,18 @@ def chosen_rates(params:Params, trials:list[dict]) -> dict:
         for field in fields if tried else (): best.setdefault("gated" if config.gate != "none" else config.method, {})[field] = min(tried, key=lambda t: t["loss"])[field]
     return best
 
+def tune_record(params:Params, trials:list[dict], about:dict, base:dict|None=None) -> dict:
+    "What results/gpu-tune.json holds: trials, the choice, the log of the base model, provenance."
+    config = params.gpu.model_dump()
+    return dict(run="tune", tier=params.profile, config=config, config_hash=content_hash(config), trials=trials, chosen=chosen_rates(params, trials), base=base, **about)
+
 def with_rates(params:Params, chosen:dict) -> Params:
     "`params` whose active profile overrides what `chosen` names."
     profile = active_profile(params)
     override = {**profile.override, **{k: {**profile.override.get(k, {}), **v} for k, v in chosen.items()}}
     return params.model_copy(update={"profiles": {**params.profiles, params.profile: profile.model_copy(update={"override": override})}})
 
-# %% ../nbs/12b_tier.ipynb #f7a56c6b
+# %% ../nbs/12b_tier.ipynb #cfd5872d
 def _seed_result(made:dict, captions:dict) -> dict:
     results = {s: scored(({k: np.array(v, float) for k, v in r["per_clip"].items()}, {}, r["written"]), captions[s]) for s, r in made["results"].items()}
     return made | dict(results=results)

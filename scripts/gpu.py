@@ -63,12 +63,14 @@ def runs(params, args):
 
 
 def collect(params, args):
-    from mmqlora.tier import collect as records_of
+    from mmqlora.tier import collect as records_of, tune_record
     made, missing = records_of(rated(params))
     for run, record in made.items(): write_json(repo_path("results/gpu", f"{run}.json"), record)
     scores = {run: record["metrics"]["test.exact"] for run, record in made.items()}
     for run, m in scores.items(): print(f"{run:24} exact {m['value']:.3f}", [round(s, 3) for s in m["seeds"]])
     print("not complete:", *missing)
+    tuned, log = (read_json(repo_path(HERE, p)) if repo_path(HERE, p).is_file() else None for p in ("tune.json", "base/log.json"))
+    if tuned: write_json(repo_path("results/gpu-tune.json"), tune_record(params, tuned["trials"], {k: tuned[k] for k in tuned if k not in ("trials", "chosen")}, log))
 
 
 def pack(params, args):
