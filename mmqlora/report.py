@@ -205,7 +205,7 @@ def about_macros(e:Evidence) -> dict:
     frames = {"frames.budget": str(e.records[REFERENCE]["config"]["frames"]), "frames.few": str(e.records[UNGATED]["config"]["frames"])}
     return {**corpus, **frames, **base, **meta}
 
-# %% ../nbs/14a_report.ipynb #9fc34de4
+# %% ../nbs/14a_report.ipynb #67d09b8e
 LAWS = {"loss, test": "test.loss", "loss, out of domain": "ood.loss", "wrong captions, test": "test.exact"}
 
 def laws(e:Evidence) -> dict[str, ScalingFit]:
@@ -225,7 +225,7 @@ def law_macros(e:Evidence) -> dict:
     return {"law.verdict": flat["verdict"], "law.change": percent(flat["change"]), "law.change.lo": percent(low), "law.change.hi": percent(high),
             "law.exponent": number(fit.law.a[0], 2), "law.error": number(fit.error), "law.constant": number(fit.constant_error)}
 
-# %% ../nbs/14a_report.ipynb #4ed16b11
+# %% ../nbs/14a_report.ipynb #d122e373
 LEAN = ("ours_small", "ours_least", "ours")           # the leanest way that was measured stands for `lean`
 
 def measured(e:Evidence, way:str, frames:int, model:str=BIG) -> dict|None:
@@ -253,7 +253,7 @@ def efficiency_macros(e:Evidence) -> dict:
     errors = abs(planner_errors(e))
     return out | {"eff.planner.n": str(len(errors)), "eff.planner.median": percent(float(np.median(errors))), "eff.planner.worst": percent(float(errors.max()))}
 
-# %% ../nbs/14a_report.ipynb #067cc807
+# %% ../nbs/14a_report.ipynb #f1448431
 def names_of(runs) -> str:
     "Runs in a sentence."
     return ", ".join(map(run_name, runs)) or "none"
@@ -272,7 +272,7 @@ def gpu_macros(e:Evidence) -> dict:
              "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(planned))}
     return {f"gpu.{k}": v for k, v in metric_macros(e.gpu).items()} | about
 
-# %% ../nbs/14a_report.ipynb #575bd30d
+# %% ../nbs/14a_report.ipynb #f56fdae0
 def merged(*families:dict) -> dict:
     "The union of dicts that share no key."
     out = {}
@@ -306,11 +306,13 @@ def cell(record:dict, name:str, interval:bool=False):
     text = number(m["value"], places)
     return (text, "[{}, {}]".format(*(number(v, places) for v in m["ci95"]))) if interval and m["ci95"] else text
 
+def _inline(pair) -> str: return pair if isinstance(pair, str) else rf"{pair[0]} {{\scriptsize {pair[1]}}}"
+
 def measure_table(records:dict, runs, measures, wide=(), lead=None, split:str="test") -> str:
-    "Runs by measures of one split, intervals below the `wide` ones; `lead`: column title -> function of a record."
-    lead = lead or {}
+    "Runs by measures of one split, with intervals for the `wide` ones; `lead`: column title -> function of a record, which puts intervals beside."
+    show, lead = _inline if lead else lambda c: c, lead or {}
     header = ["Run", *lead, *(MEASURES[m] for m in measures)]
-    rows = [[run_name(r), *(f(records[r]) for f in lead.values()), *(cell(records[r], f"{split}.{m}", m in wide) for m in measures)] for r in runs]
+    rows = [[run_name(r), *(f(records[r]) for f in lead.values()), *(show(cell(records[r], f"{split}.{m}", m in wide)) for m in measures)] for r in runs]
     return tabular("l" + "l"*len(lead) + "r"*len(measures), [header], rows)
 
 def _params(record): return count(record["cost"]["trainable_params"])
@@ -362,8 +364,6 @@ def _groups(titles, width:int, first:int=2) -> str:
     spans = [rf"\multicolumn{{{width}}}{{c}}{{{t}}}" for t in titles]
     rules = [rf"\cmidrule(lr){{{first + i*width}-{first + (i + 1)*width - 1}}}" for i in range(len(spans))]
     return " & "*(first - 1) + _line(spans) + "\n" + "".join(rules)
-
-def _inline(pair) -> str: return pair if isinstance(pair, str) else rf"{pair[0]} {{\scriptsize {pair[1]}}}"
 
 def retrieval_table(e:Evidence) -> str:
     "Retrieval within galleries, both directions, every run."
@@ -422,7 +422,7 @@ def abilities_table(e:Evidence) -> str:
     half = len(rows)//2
     return tabular("llrllr", [["Asked", "Kind", "Exact"]*2], [a + b for a, b in zip(rows[:half], rows[half:])])
 
-# %% ../nbs/14a_report.ipynb #4c02e1d6
+# %% ../nbs/14a_report.ipynb #08a3d6fa
 EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
 
 def _steps(cells, names:dict) -> str:
