@@ -330,7 +330,7 @@ def errors_figure(table:pd.DataFrame) -> Figure:
     figure.legend(*ax.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
-# %% ../nbs/14_figures.ipynb #2019db43
+# %% ../nbs/14_figures.ipynb #f63d26e4
 BIG = "qwen2.5-vl-7b"
 WAY_NAMES = dict(stock="stock", stock_labels="stock, logits at labels", ours="ours", ours_small="ours, head and inputs on host", ours_least="ours, leanest")
 
@@ -352,6 +352,7 @@ def efficiency_figure(cells:dict) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=2, loc="outside upper center")
     return figure
 
+# %% ../nbs/14_figures.ipynb #f7dc9621
 @drawn
 def planner_figure(predictions:list[dict]) -> Figure:
     "Predicted against measured peak of every step that was measured; a dot on the line is exact."

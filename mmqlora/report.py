@@ -87,6 +87,7 @@ class Evidence:
     efficiency: dict                                  # results/efficiency.json
     gpu: dict                                         # run -> result record of the tier gpu, as far as there are any
 
+# %% ../nbs/14a_report.ipynb #e04c73a7
 def load_gpu(folder="results/gpu") -> dict:
     "run -> result record for every record in `folder`, in the order of the profile gpu; {} without the folder."
     found = {p.stem: read_json(p) for p in repo_path(folder).glob("*.json")}
@@ -205,7 +206,7 @@ def about_macros(e:Evidence) -> dict:
     frames = {"frames.budget": str(e.records[REFERENCE]["config"]["frames"]), "frames.few": str(e.records[UNGATED]["config"]["frames"])}
     return {**corpus, **frames, **base, **meta}
 
-# %% ../nbs/14a_report.ipynb #67d09b8e
+# %% ../nbs/14a_report.ipynb #04595546
 LAWS = {"loss, test": "test.loss", "loss, out of domain": "ood.loss", "wrong captions, test": "test.exact"}
 
 def laws(e:Evidence) -> dict[str, ScalingFit]:
@@ -225,7 +226,7 @@ def law_macros(e:Evidence) -> dict:
     return {"law.verdict": flat["verdict"], "law.change": percent(flat["change"]), "law.change.lo": percent(low), "law.change.hi": percent(high),
             "law.exponent": number(fit.law.a[0], 2), "law.error": number(fit.error), "law.constant": number(fit.constant_error)}
 
-# %% ../nbs/14a_report.ipynb #d122e373
+# %% ../nbs/14a_report.ipynb #a18af60f
 LEAN = ("ours_small", "ours_least", "ours")           # the leanest way that was measured stands for `lean`
 
 def measured(e:Evidence, way:str, frames:int, model:str=BIG) -> dict|None:
@@ -253,7 +254,7 @@ def efficiency_macros(e:Evidence) -> dict:
     errors = abs(planner_errors(e))
     return out | {"eff.planner.n": str(len(errors)), "eff.planner.median": percent(float(np.median(errors))), "eff.planner.worst": percent(float(errors.max()))}
 
-# %% ../nbs/14a_report.ipynb #f1448431
+# %% ../nbs/14a_report.ipynb #f8b8bdd9
 def names_of(runs) -> str:
     "Runs in a sentence."
     return ", ".join(map(run_name, runs)) or "none"
@@ -272,7 +273,7 @@ def gpu_macros(e:Evidence) -> dict:
              "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(planned))}
     return {f"gpu.{k}": v for k, v in metric_macros(e.gpu).items()} | about
 
-# %% ../nbs/14a_report.ipynb #f56fdae0
+# %% ../nbs/14a_report.ipynb #e943a4d5
 def merged(*families:dict) -> dict:
     "The union of dicts that share no key."
     out = {}
@@ -341,6 +342,7 @@ def gates_table(e:Evidence) -> str:
     runs = differing(e.records, GATES, UNGATED) + ["qlora-cover-k4", "tqlora-cover"]
     return measure_table(e.records, runs, ("exact", "transient", "order", "loss"), ("exact",), {"Frames": _config("selector"), "Gate": gate, "Signal": fed, "Params": _params})
 
+# %% ../nbs/14a_report.ipynb #43638ead
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
@@ -406,6 +408,7 @@ def audit_table(e:Evidence) -> str:
     header = ["Modality", "Adapted", "Bits", "Rank", "Params", "Base KiB", "Adapter KiB"]
     return tabular("lrrrrrr", [header], [*map(line, rows), None, line(dict(modality="all", bits="", rank="", **total))])
 
+# %% ../nbs/14a_report.ipynb #cf9e9056
 def corpus_table(e:Evidence) -> str:
     "Counts and shares of every split."
     def whole(r, k): return count(r[k]) if r.get(k) else "--"
@@ -422,7 +425,7 @@ def abilities_table(e:Evidence) -> str:
     half = len(rows)//2
     return tabular("llrllr", [["Asked", "Kind", "Exact"]*2], [a + b for a, b in zip(rows[:half], rows[half:])])
 
-# %% ../nbs/14a_report.ipynb #08a3d6fa
+# %% ../nbs/14a_report.ipynb #25017b15
 EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
 
 def _steps(cells, names:dict) -> str:
