@@ -11,8 +11,8 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'COSTS', 'P
            'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
            'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'audit_table', 'corpus_table',
            'abilities_table', 'efficiency_table', 'levers_table', 'gpu_table', 'tuned', 'hyper_sections', 'hyper_table',
-           'provenance_table', 'laws_table', 'errors_table', 'examples_table', 'markdown_table', 'results_markdown',
-           'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'provenance_table', 'laws_table', 'errors_table', 'examples_table', 'rank_law_figure', 'markdown_table',
+           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -25,7 +25,7 @@ import numpy as np
 
 from .config import Params, load_params, run_config, under
 from .core import InputError, content_hash, read_json, repo_path, write_text
-from .figures import (BASELINES, BIG, FEW, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, contact_figure, curves_figure,
+from .figures import (BASELINES, BIG, COLUMN, FEW, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, canvas, contact_figure, curves_figure,
                              differing, efficiency_figure, gates_figure, kib, law_figure, main_figure, planner_figure, save_figure, scaling_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import KINDS, error_counts
@@ -87,12 +87,16 @@ class Evidence:
     efficiency: dict                                  # results/efficiency.json
     gpu: dict                                         # run -> result record of the tier gpu, as far as there are any
 
-# %% ../nbs/14a_report.ipynb #e04c73a7
+# %% ../nbs/14a_report.ipynb #7a92c215
 def load_gpu(folder="results/gpu") -> dict:
-    "run -> result record for every record in `folder`, in the order of the profile gpu; {} without the folder."
+    "run -> result record for every complete record in `folder`, in the order of the profile gpu; {} without the folder."
     found = {p.stem: read_json(p) for p in repo_path(folder).glob("*.json")}
-    for run, record in found.items(): check_record(record, f"{folder}/{run}.json")
-    return {run: found[run] for run in under(load_params(), "gpu").runs if run in found}
+    return {run: found[run] for run in under(load_params(), "gpu").runs if run in found and _complete(found[run], f"{folder}/{run}.json")}
+
+def _complete(record, where) -> bool:
+    try: check_record(record, where)
+    except InputError: return False
+    return True
 
 def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json") -> Evidence:
     "Read all that the report needs; whatever is missing is an `InputError` that names it."
@@ -206,12 +210,13 @@ def about_macros(e:Evidence) -> dict:
     frames = {"frames.budget": str(e.records[REFERENCE]["config"]["frames"]), "frames.few": str(e.records[UNGATED]["config"]["frames"])}
     return {**corpus, **frames, **base, **meta}
 
-# %% ../nbs/14a_report.ipynb #04595546
+# %% ../nbs/14a_report.ipynb #4c2df82d
 LAWS = {"loss, test": "test.loss", "loss, out of domain": "ood.loss", "wrong captions, test": "test.exact"}
 
 def laws(e:Evidence) -> dict[str, ScalingFit]:
-    "name -> law of a loss against the uniform rank, every seed a point, the largest rank held out."
+    "name -> law of a loss against the uniform rank, every seed a point, the largest rank held out; {} with one seed, which is too few points."
     runs = uniform_ranks(e.records)
+    if min(len(e.records[r]["config"]["seeds"]) for r in runs) < 2: return {}
     def rank(record): return max(record["config"]["ranks"].values())
     points = {name: scaling_points(e.records, runs, rank, metric) for name, metric in LAWS.items()}
     return {name: scaling_fit(x, np.maximum(y, 1e-4)) for name, (x, y) in points.items()}
@@ -220,13 +225,14 @@ def percent(value) -> str: return "n/a" if value is None else rf"{number(100*val
 
 def law_macros(e:Evidence) -> dict:
     "law.<verdict, change, change.lo, change.hi, exponent, error, constant> of the loss on the test split against rank."
-    fit = laws(e)["loss, test"]
+    fit = laws(e).get("loss, test")
+    if not fit: return {f"law.{k}": "n/a" for k in ("verdict", "change", "change.lo", "change.hi", "exponent", "error", "constant")}
     flat = flatness(fit)
     low, high = flat["change_ci95"]
     return {"law.verdict": flat["verdict"], "law.change": percent(flat["change"]), "law.change.lo": percent(low), "law.change.hi": percent(high),
             "law.exponent": number(fit.law.a[0], 2), "law.error": number(fit.error), "law.constant": number(fit.constant_error)}
 
-# %% ../nbs/14a_report.ipynb #a18af60f
+# %% ../nbs/14a_report.ipynb #22dc0c81
 LEAN = ("ours_small", "ours_least", "ours")           # the leanest way that was measured stands for `lean`
 
 def measured(e:Evidence, way:str, frames:int, model:str=BIG) -> dict|None:
@@ -254,7 +260,7 @@ def efficiency_macros(e:Evidence) -> dict:
     errors = abs(planner_errors(e))
     return out | {"eff.planner.n": str(len(errors)), "eff.planner.median": percent(float(np.median(errors))), "eff.planner.worst": percent(float(errors.max()))}
 
-# %% ../nbs/14a_report.ipynb #f8b8bdd9
+# %% ../nbs/14a_report.ipynb #0bee8ae4
 def names_of(runs) -> str:
     "Runs in a sentence."
     return ", ".join(map(run_name, runs)) or "none"
@@ -273,7 +279,7 @@ def gpu_macros(e:Evidence) -> dict:
              "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(planned))}
     return {f"gpu.{k}": v for k, v in metric_macros(e.gpu).items()} | about
 
-# %% ../nbs/14a_report.ipynb #e943a4d5
+# %% ../nbs/14a_report.ipynb #df896527
 def merged(*families:dict) -> dict:
     "The union of dicts that share no key."
     out = {}
@@ -342,7 +348,7 @@ def gates_table(e:Evidence) -> str:
     runs = differing(e.records, GATES, UNGATED) + ["qlora-cover-k4", "tqlora-cover"]
     return measure_table(e.records, runs, ("exact", "transient", "order", "loss"), ("exact",), {"Frames": _config("selector"), "Gate": gate, "Signal": fed, "Params": _params})
 
-# %% ../nbs/14a_report.ipynb #43638ead
+# %% ../nbs/14a_report.ipynb #61b941ae
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
@@ -408,7 +414,7 @@ def audit_table(e:Evidence) -> str:
     header = ["Modality", "Adapted", "Bits", "Rank", "Params", "Base KiB", "Adapter KiB"]
     return tabular("lrrrrrr", [header], [*map(line, rows), None, line(dict(modality="all", bits="", rank="", **total))])
 
-# %% ../nbs/14a_report.ipynb #cf9e9056
+# %% ../nbs/14a_report.ipynb #1cb29912
 def corpus_table(e:Evidence) -> str:
     "Counts and shares of every split."
     def whole(r, k): return count(r[k]) if r.get(k) else "--"
@@ -425,7 +431,7 @@ def abilities_table(e:Evidence) -> str:
     half = len(rows)//2
     return tabular("llrllr", [["Asked", "Kind", "Exact"]*2], [a + b for a, b in zip(rows[:half], rows[half:])])
 
-# %% ../nbs/14a_report.ipynb #25017b15
+# %% ../nbs/14a_report.ipynb #8b726857
 EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
 
 def _steps(cells, names:dict) -> str:
@@ -523,9 +529,16 @@ def examples_table(records:dict) -> str:
     return errors_table({r: said(r, "prediction") for r in runs}, said(runs[0], "reference"))
 
 # %% ../nbs/14a_report.ipynb #660ce447
+def rank_law_figure(e:Evidence):
+    "The law of the loss on the test split in the rank; an empty plane where there is none."
+    if fit := laws(e).get("loss, test"): return law_figure(fit, "rank")
+    figure, (ax,) = canvas(COLUMN, 2.4)
+    ax.set(xlabel="rank", ylabel="loss", title="one seed: no law")
+    return figure
+
 FIGURES = dict(main=lambda e: main_figure(e.records), gates=lambda e: gates_figure(e.records),
                selectors=lambda e: selectors_figure(e.records, e.selection["coverage"]),
-               law=lambda e: law_figure(laws(e)["loss, test"], "rank"), efficiency=lambda e: efficiency_figure(e.efficiency["cells"]),
+               law=rank_law_figure, efficiency=lambda e: efficiency_figure(e.efficiency["cells"]),
                planner=lambda e: planner_figure(e.efficiency["predictions"]), scaling=lambda e: scaling_figure(e.records), curves=lambda e: curves_figure(e.records), selection=lambda e: selection_figure(e.selection),
                contact=lambda e: contact_figure(e.contact, e.corpus["seconds"]))
 
