@@ -32,7 +32,7 @@ readme: env     ## README.md from nbs/index.ipynb
 	@scripts/readme.sh
 
 lock: env       ## requirements.txt from what .venv holds
-	@{ sed -n '/^#/p' requirements.txt; pip freeze --exclude-editable; } > requirements.new && mv requirements.new requirements.txt
+	@{ sed -n '/^#/p' requirements.txt; pip freeze --all --exclude-editable --exclude pip; } > requirements.new && mv requirements.new requirements.txt
 
 release-check: env  ## every number, table and figure of the paper exists; the pipeline is up to date
 	@mmqlora check && dvc status

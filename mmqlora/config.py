@@ -236,5 +236,6 @@ def run_config(params:Params, name:str) -> RunConfig:
         raise InputError(f"params.yaml: runs.{name}.selector", f"'{run.selector}' is not in frames.selectors")
     if run.frames not in params.frames.budgets:
         raise InputError(f"params.yaml: runs.{name}.frames", f"{run.frames} is not in frames.budgets")
-    seeds = run.seeds if run.method == "frozen" else profile.seeds or run.seeds
+    own = run.method == "frozen" or "seeds" in profile.runs.get(name, {})
+    seeds = run.seeds if own else profile.seeds or run.seeds
     return run.model_copy(update={"steps": steps, "seeds": seeds[:profile.max_seeds]})

@@ -19,6 +19,7 @@ free_gb=$(df -Pk . | awk 'NR==2 {print int($4/1048576)}')
 
 echo "== environment: .venv from requirements.txt ($("$python" --version)); some minutes the first time"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+# the lock is complete; --no-deps keeps out opencv-python, which needs a screen's libraries where opencv-python-headless needs none
+.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on --no-deps -r requirements.txt
 .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
 echo "$wanted" > "$stamp"

@@ -34,7 +34,7 @@ def params(tmp_path_factory):
     "A repository with two runs, 8 clips a split, 4 frames of 48 pixels; its corpus and its base model."
     root, patch = tmp_path_factory.mktemp("tier"), pytest.MonkeyPatch()
     data = yaml.safe_load((ROOT/"params.yaml").read_text())
-    data["runs"] = {"zeroshot": {"method": "frozen"}, "tqlora": {"gate": "rank"}, "early": {"frames": 2, "method": "full"}}
+    data["runs"] = {"zeroshot": {"method": "frozen", "seeds": [0, 1]}, "tqlora": {"gate": "rank"}, "early": {"frames": 2, "method": "full"}}
     data["frames"]["selectors"] = ["entropy"]
     profile = data["profiles"]["gpu"]
     profile |= dict(clips=CLIPS, steps=2, seeds=[0, 1], runs={}, only=None)
