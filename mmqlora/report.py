@@ -87,7 +87,7 @@ class Evidence:
     efficiency: dict                                  # results/efficiency.json
     gpu: dict                                         # run -> result record of the tier gpu, as far as there are any
 
-# %% ../nbs/14a_report.ipynb #4a2b9264
+# %% ../nbs/14a_report.ipynb #f827f8d5
 GPU_PLAN = """zeroshot full lora qlora qlora-uniform-k4 qlora-k4 qlora-cover-k4 tqlora tqlora-constant tqlora-shuffled tqlora-random tqlora-scalar
     qlora-uniform qlora-r2 qlora-r4 qlora-r16 qlora-r64 qlora-text qlora-ranks qdora bottleneck prefix qlora-gradient qlora-int8 full-k4 full-uniform-k4""".split()
 
@@ -213,7 +213,7 @@ def about_macros(e:Evidence) -> dict:
     frames = {"frames.budget": str(e.records[REFERENCE]["config"]["frames"]), "frames.few": str(e.records[UNGATED]["config"]["frames"])}
     return {**corpus, **frames, **base, **meta}
 
-# %% ../nbs/14a_report.ipynb #c36ad61b
+# %% ../nbs/14a_report.ipynb #dc845159
 LAWS = {"loss, test": "test.loss", "loss, out of domain": "ood.loss", "wrong captions, test": "test.exact"}
 
 def laws(e:Evidence) -> dict[str, ScalingFit]:
@@ -235,7 +235,7 @@ def law_macros(e:Evidence) -> dict:
     return {"law.verdict": flat["verdict"], "law.change": percent(flat["change"]), "law.change.lo": percent(low), "law.change.hi": percent(high),
             "law.exponent": number(fit.law.a[0], 2), "law.error": number(fit.error), "law.constant": number(fit.constant_error)}
 
-# %% ../nbs/14a_report.ipynb #04a33942
+# %% ../nbs/14a_report.ipynb #463a4d95
 LEAN = ("ours_small", "ours_least", "ours")           # the leanest way that was measured stands for `lean`
 
 def measured(e:Evidence, way:str, frames:int, model:str=BIG) -> dict|None:
@@ -263,7 +263,7 @@ def efficiency_macros(e:Evidence) -> dict:
     errors = abs(planner_errors(e))
     return out | {"eff.planner.n": str(len(errors)), "eff.planner.median": percent(float(np.median(errors))), "eff.planner.worst": percent(float(errors.max()))}
 
-# %% ../nbs/14a_report.ipynb #c6acb577
+# %% ../nbs/14a_report.ipynb #c05f9f57
 def names_of(runs) -> str:
     "Runs in a sentence."
     return ", ".join(map(run_name, runs)) or "none"
@@ -272,7 +272,7 @@ def gpu_pair(e:Evidence, a:str=FEW, b:str=UNGATED, metric:str="exact") -> str:
     "A sentence with the difference of two runs on the tier gpu, or that there is none."
     if lacking := [r for r in (a, b) if r not in e.gpu]: return f"The comparison of {run_name(a)} with {run_name(b)} waits for {names_of(lacking)}."
     r = compare(e.gpu, a, b, metric)
-    return (f"On it, {run_name(a)} differs from {run_name(b)} by {sign(number(r['difference']))} in exact match "
+    return (f"On this tier, {run_name(a)} differs from {run_name(b)} by {sign(number(r['difference']))} in exact match "
             f"(interval {sign(number(r['low']))} to {sign(number(r['high']))}, $p$ {p_text(r['p'])}).")
 
 def gpu_macros(e:Evidence) -> dict:
@@ -281,7 +281,7 @@ def gpu_macros(e:Evidence) -> dict:
              "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(GPU_PLAN))}
     return {f"gpu.{k}": v for k, v in metric_macros(e.gpu).items()} | about
 
-# %% ../nbs/14a_report.ipynb #be21e0f9
+# %% ../nbs/14a_report.ipynb #afa3f910
 def merged(*families:dict) -> dict:
     "The union of dicts that share no key."
     out = {}
@@ -350,7 +350,7 @@ def gates_table(e:Evidence) -> str:
     runs = differing(e.records, GATES, UNGATED) + ["qlora-cover-k4", "tqlora-cover"]
     return measure_table(e.records, runs, ("exact", "transient", "order", "loss"), ("exact",), {"Frames": _config("selector"), "Gate": gate, "Signal": fed, "Params": _params})
 
-# %% ../nbs/14a_report.ipynb #79281124
+# %% ../nbs/14a_report.ipynb #c7f480e0
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
@@ -416,7 +416,7 @@ def audit_table(e:Evidence) -> str:
     header = ["Modality", "Adapted", "Bits", "Rank", "Params", "Base KiB", "Adapter KiB"]
     return tabular("lrrrrrr", [header], [*map(line, rows), None, line(dict(modality="all", bits="", rank="", **total))])
 
-# %% ../nbs/14a_report.ipynb #87141bbb
+# %% ../nbs/14a_report.ipynb #63e808a0
 def corpus_table(e:Evidence) -> str:
     "Counts and shares of every split."
     def whole(r, k): return count(r[k]) if r.get(k) else "--"
@@ -433,7 +433,7 @@ def abilities_table(e:Evidence) -> str:
     half = len(rows)//2
     return tabular("llrllr", [["Asked", "Kind", "Exact"]*2], [a + b for a, b in zip(rows[:half], rows[half:])])
 
-# %% ../nbs/14a_report.ipynb #29714f95
+# %% ../nbs/14a_report.ipynb #e5a0c9b2
 EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
 
 def _steps(cells, names:dict) -> str:
