@@ -147,7 +147,7 @@ def _selectors(ax, records:dict, reference:str):
 @drawn
 def selectors_figure(records:dict, coverage:dict) -> Figure:
     "Every selector by measure on the test split, with many frames and with few; and its coverage, {selector: {budget: share of events}}."
-    figure, axes = canvas(COLUMN, 4.6, rows=3, height_ratios=[1.3, 1.3, 1])
+    figure, axes = canvas(COLUMN, 4.1, rows=3, height_ratios=[1.3, 1.3, 1])
     for ax, reference in zip(axes, (REFERENCE, FEW)): _selectors(ax, records, reference)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside upper center", columnspacing=1., handletextpad=.4)
     _coverage(axes[2], coverage)
@@ -198,7 +198,7 @@ def _quality(ax, records:dict, measure:str):
 @drawn
 def scaling_figure(records:dict) -> Figure:
     "Exact match and loss on the test split against trainable bytes: uniform ranks, other allocations, Pareto front."
-    figure, axes = canvas(COLUMN, 3.9, rows=2, sharex=True)
+    figure, axes = canvas(COLUMN, 3.5, rows=2, sharex=True)
     for ax, measure in zip(axes, ("exact", "loss")): _quality(ax, records, measure)
     axes[1].set_xlabel("trainable parameters, KiB")
     plain_ticks(axes[1].xaxis)
@@ -284,7 +284,7 @@ def _law_curve(ax, fit:ScalingFit, fixed, color, label=None):
 @drawn
 def law_figure(fit:ScalingFit, xlabel:str, ylabel:str="loss", other:str="") -> Figure:
     "A scaling law against its first axis, a curve for each size on a second one (`other` names it); held-out points are hollow."
-    figure, (ax,) = canvas(COLUMN, 2.4)
+    figure, (ax,) = canvas(COLUMN, 2.1)
     groups = np.unique(fit.x[:, 1:], axis=0)
     for i, fixed in enumerate(groups): _law_curve(ax, fit, fixed, PALETTE[i % len(PALETTE)], f"{other} {fixed[0]:g}".strip() if len(fixed) else None)
     ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=change_text(flatness(fit)))
@@ -330,7 +330,7 @@ def errors_figure(table:pd.DataFrame) -> Figure:
     figure.legend(*ax.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
-# %% ../nbs/14_figures.ipynb #f63d26e4
+# %% ../nbs/14_figures.ipynb #c39f50b7
 BIG = "qwen2.5-vl-7b"
 WAY_NAMES = dict(stock="stock", stock_labels="stock, logits at labels", ours="ours", ours_small="ours, head and inputs on host", ours_least="ours, leanest")
 
@@ -341,7 +341,7 @@ def step_cells(cells:dict, model:str|None=BIG) -> list[dict]:
 @drawn
 def efficiency_figure(cells:dict) -> Figure:
     "Peak memory and time of a step of the large model against frames, a line per way."
-    figure, axes = canvas(COLUMN, 3.8, rows=2, sharex=True)
+    figure, axes = canvas(COLUMN, 3.2, rows=2, sharex=True)
     for i, (way, label) in enumerate(WAY_NAMES.items()):
         rows = sorted((c["frames"], c["peak_bytes"]/2**30, c["step_ms"]/1000) for c in step_cells(cells) if c["way"] == way)
         for ax, column in zip(axes, (1, 2)):
@@ -352,12 +352,12 @@ def efficiency_figure(cells:dict) -> Figure:
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=2, loc="outside upper center")
     return figure
 
-# %% ../nbs/14_figures.ipynb #f7dc9621
+# %% ../nbs/14_figures.ipynb #445cb460
 @drawn
 def planner_figure(predictions:list[dict]) -> Figure:
     "Predicted against measured peak of every step that was measured; a dot on the line is exact."
     seen = [(p["cell"].split("/")[1], p["measured_peak"]/2**30, p["peak"]/2**30) for p in predictions if p.get("measured_peak")]
-    figure, (ax,) = canvas(COLUMN, 2.5)
+    figure, (ax,) = canvas(COLUMN, 2.1)
     for i, model in enumerate(dict.fromkeys(m for m, *_ in seen)):
         ax.plot([x for m, x, _ in seen if m == model], [y for m, _, y in seen if m == model], ls="", color=PALETTE[i], marker=MARKERS[i], label=model)
     ax.axline((1, 1), slope=1, color=".5", lw=.7, zorder=0)

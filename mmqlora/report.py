@@ -88,7 +88,7 @@ class Evidence:
     efficiency: dict                                  # results/efficiency.json
     gpu: dict                                         # run -> result record of the tier gpu, as far as there are any
 
-# %% ../nbs/14a_report.ipynb #c0d1afce
+# %% ../nbs/14a_report.ipynb #d5045a7c
 GPU_PLAN = """zeroshot full lora qlora qlora-uniform-k4 qlora-k4 qlora-cover-k4 tqlora tqlora-constant tqlora-shuffled tqlora-random tqlora-scalar
     qlora-uniform qlora-r2 qlora-r4 qlora-r16 qlora-r64 qlora-text qlora-ranks qdora bottleneck prefix qlora-gradient qlora-int8 full-k4 full-uniform-k4""".split()
 
@@ -198,7 +198,7 @@ def diff_macros(rows:list[dict]) -> dict:
         out |= {key: number(r["difference"]), f"{key}.p": p_text(r["p"]), f"{key}.padj": p_text(r["padj"])}
     return out
 
-# %% ../nbs/14a_report.ipynb #2fa24c78
+# %% ../nbs/14a_report.ipynb #f2607b30
 def ood_macros(records:dict) -> dict:
     "ood.<a>.<b>.exact with .lo, .hi and .p: the differences that C7 wants to keep their sign, on the split ood."
     out = {}
@@ -225,7 +225,7 @@ def about_macros(e:Evidence) -> dict:
     frames = {"frames.budget": str(e.records[REFERENCE]["config"]["frames"]), "frames.few": str(e.records[UNGATED]["config"]["frames"])}
     return {**corpus, **frames, **base, **meta}
 
-# %% ../nbs/14a_report.ipynb #3d211438
+# %% ../nbs/14a_report.ipynb #24892ef5
 LAWS = {"loss, test": "test.loss", "loss, out of domain": "ood.loss", "wrong captions, test": "test.exact"}
 
 def laws(e:Evidence) -> dict[str, ScalingFit]:
@@ -247,7 +247,7 @@ def law_macros(e:Evidence) -> dict:
     return {"law.verdict": flat["verdict"], "law.change": percent(flat["change"]), "law.change.lo": percent(low), "law.change.hi": percent(high),
             "law.exponent": number(fit.law.a[0], 2), "law.error": number(fit.error), "law.constant": number(fit.constant_error)}
 
-# %% ../nbs/14a_report.ipynb #8493728f
+# %% ../nbs/14a_report.ipynb #9bb676ed
 LEAN = ("ours_small", "ours_least", "ours")           # the leanest way that was measured stands for `lean`
 
 def measured(e:Evidence, way:str, frames:int, model:str=BIG) -> dict|None:
@@ -275,7 +275,7 @@ def efficiency_macros(e:Evidence) -> dict:
     errors = abs(planner_errors(e))
     return out | {"eff.planner.n": str(len(errors)), "eff.planner.median": percent(float(np.median(errors))), "eff.planner.worst": percent(float(errors.max()))}
 
-# %% ../nbs/14a_report.ipynb #9f1e6221
+# %% ../nbs/14a_report.ipynb #8d9f013a
 def names_of(runs) -> str:
     "Runs in a sentence."
     return ", ".join(map(run_name, runs)) or "none"
@@ -293,7 +293,7 @@ def gpu_macros(e:Evidence) -> dict:
              "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(GPU_PLAN))}
     return {f"gpu.{k}": v for k, v in metric_macros(e.gpu).items()} | about
 
-# %% ../nbs/14a_report.ipynb #c97ac811
+# %% ../nbs/14a_report.ipynb #b6e91329
 def merged(*families:dict) -> dict:
     "The union of dicts that share no key."
     out = {}
@@ -363,7 +363,7 @@ def gates_table(e:Evidence) -> str:
     runs = differing(e.records, GATES, UNGATED) + ["qlora-cover-k4", "tqlora-cover"]
     return measure_table(e.records, runs, ("exact", "transient", "order", "loss"), ("exact",), {"Frames": _config("selector"), "Gate": gate, "Signal": fed, "Params": _params})
 
-# %% ../nbs/14a_report.ipynb #5af28113
+# %% ../nbs/14a_report.ipynb #e9df40ac
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
@@ -429,7 +429,7 @@ def audit_table(e:Evidence) -> str:
     header = ["Modality", "Adapted", "Bits", "Rank", "Params", "Base KiB", "Adapter KiB"]
     return tabular("lrrrrrr", [header], [*map(line, rows), None, line(dict(modality="all", bits="", rank="", **total))])
 
-# %% ../nbs/14a_report.ipynb #50775bb1
+# %% ../nbs/14a_report.ipynb #1cb933fd
 def corpus_table(e:Evidence) -> str:
     "Counts and shares of every split."
     def whole(r, k): return count(r[k]) if r.get(k) else "--"
@@ -446,7 +446,7 @@ def abilities_table(e:Evidence) -> str:
     half = len(rows)//2
     return tabular("llrllr", [["Asked", "Kind", "Exact"]*2], [a + b for a, b in zip(rows[:half], rows[half:])])
 
-# %% ../nbs/14a_report.ipynb #45ed817a
+# %% ../nbs/14a_report.ipynb #a593abe9
 EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
 
 def _steps(cells, names:dict) -> str:
@@ -549,7 +549,7 @@ def examples_table(records:dict) -> str:
 def rank_law_figure(e:Evidence):
     "The law of the loss on the test split in the rank; an empty plane where there is none."
     if fit := laws(e).get("loss, test"): return law_figure(fit, "rank")
-    figure, (ax,) = canvas(COLUMN, 2.4)
+    figure, (ax,) = canvas(COLUMN, 2.1)
     ax.set(xlabel="rank", ylabel="loss", title="one seed: no law")
     return figure
 
