@@ -85,10 +85,16 @@ def adapt(
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model.requires_grad_(False), config)
     if gate != "none": wire_gates(adapted)
+    if "dora" in method: _unpacked(adapted)
     audit(adapted, ranks)
     return adapted
 
 # %% ../nbs/08d_adapters.ipynb #96e6e258
+def _unpacked(model):
+    "DoRA reads the 4-bit weight for its norm; in eval, bitsandbytes repacks it on some CPUs, and the norm would be of shuffled bytes."
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+
 def _adapt_other(model, method, modalities, seed, width, length):
     if method == "ia3": return peft.get_peft_model(model.requires_grad_(False), ia3_config(model, modalities))
     if method == "bottleneck": add_bottlenecks(model, modalities, width, seed)

@@ -16,7 +16,6 @@ import mmqlora
 from mmqlora.core import InputError
 from mmqlora.lifecycle import export, float_weight, merge
 from mmqlora.model import from_pretrained, linears
-from mmqlora.quickstart import _adapter_config, _attach
 from mmqlora.temporal import GATES, TemporalLoraConfig, gated_layers, set_frame_signals
 
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -39,7 +38,7 @@ def logits(model, family="smolvlm", z=None):
     with torch.no_grad(): return model(**batch).logits
 
 
-def attach(model, folder, trainable=False): return _attach(model, folder, _adapter_config(folder), trainable)
+def attach(model, folder, trainable=False): return load_adapter(model, folder, trainable)
 
 
 @pytest.mark.parametrize("gate", [*GATES, "none"])
