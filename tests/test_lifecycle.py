@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_temporal import adapted, fill, loss_and_gradients, settings, signals
 
 import mmqlora
+from mmqlora.adapters import load_adapter
 from mmqlora.core import InputError
 from mmqlora.lifecycle import export, float_weight, merge
 from mmqlora.model import from_pretrained, linears
