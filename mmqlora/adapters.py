@@ -134,7 +134,9 @@ def load_adapter(model:nn.Module, folder, trainable:bool=False):
     config_class = TemporalLoraConfig if "gate" in stored else peft.PeftConfig.from_pretrained(folder).__class__
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
-    return peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable).train(trainable)
+    adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+    if getattr(config, "use_dora", False): _unpacked(adapted)
+    return adapted.train(trainable)
 
 # %% ../nbs/08d_adapters.ipynb #3c379b41
 def _load_gated(model, folder, config, trainable:bool):

@@ -235,4 +235,4 @@ def test_only_safetensors_are_read_and_a_stranger_is_refused_before_loading(fold
     with pytest.raises(InputError, match="not a model that transformers can load"): from_pretrained(tmp_path)
     (tmp_path/"config.json").write_text(json.dumps({"model_type": "blip-2"}))
     with pytest.raises(InputError, match=r"declare MODALITIES\['blip-2'\]"): from_pretrained(tmp_path)
-    assert settings(base(folders))["rank_pattern"] and linears(base(folders))
+    assert settings(base(folders))["target_modules"] and linears(base(folders))
