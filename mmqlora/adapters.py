@@ -85,10 +85,16 @@ def adapt(
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model.requires_grad_(False), config)
     if gate != "none": wire_gates(adapted)
+    if "dora" in method: _unpacked(adapted)
     audit(adapted, ranks)
     return adapted
 
 # %% ../nbs/08d_adapters.ipynb #96e6e258
+def _unpacked(model):
+    "DoRA reads the 4-bit weight for its norm; in eval, bitsandbytes repacks it on some CPUs, and the norm would be of shuffled bytes."
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+
 def _adapt_other(model, method, modalities, seed, width, length):
     if method == "ia3": return peft.get_peft_model(model.requires_grad_(False), ia3_config(model, modalities))
     if method == "bottleneck": add_bottlenecks(model, modalities, width, seed)
@@ -128,7 +134,9 @@ def load_adapter(model:nn.Module, folder, trainable:bool=False):
     config_class = TemporalLoraConfig if "gate" in stored else peft.PeftConfig.from_pretrained(folder).__class__
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
-    return peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable).train(trainable)
+    adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+    if getattr(config, "use_dora", False): _unpacked(adapted)
+    return adapted.train(trainable)
 
 # %% ../nbs/08d_adapters.ipynb #3c379b41
 def _load_gated(model, folder, config, trainable:bool):

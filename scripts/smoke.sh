@@ -18,6 +18,11 @@ path.write_text(yaml.safe_dump(params, sort_keys=False))
 PY
 export PYTHONPATH=$PWD                          # this copy of mmqlora, not the one that .venv knows
 git init -q . && mmqlora corpus && dvc add -q data
+dvc repro frames finetune@zeroshot
+# a run has one seed here, hence one core: two notebooks at a time, as their stage would run them
+python -c 'from mmqlora.config import load_params; print(*load_params().runs, sep="\n")' | grep -vx zeroshot |
+  xargs -P2 -I{} scripts/notebook.sh nbs/experiments/finetune.ipynb -p run {}
+dvc commit -q -f finetune
 dvc repro
 pdftotext paper/main.pdf - | grep -q PENDING && { echo "mmqlora: the paper has PENDING numbers" >&2; exit 1; }
 mmqlora check

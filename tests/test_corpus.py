@@ -116,8 +116,8 @@ def test_audio_tokens_of_a_file_are_those_of_its_script(corpus):
 
 def test_a_model_hears_only_when_asked_to(corpus, tmp_path):
     root, records = corpus
-    config = FramesConfig(selectors=["uniform"])
-    with_audio, without = (prepare(root, records[:4], config, workers=1, audio=a)[0]["uniform"] for a in (True, False))
+    config = FramesConfig(budgets=[8], selectors=["uniform"])
+    with_audio, without = (prepare(root, records[:4], config, workers=1, audio=a)[0]["uniform-8"] for a in (True, False))
     assert without.audio is None and with_audio.audio.shape == (4, 8) and np.array_equal(with_audio.pixels, without.pixels)
     save_clips(tmp_path/"x.safetensors", with_audio)
     assert load_clips(tmp_path/"x.safetensors").audio is None
@@ -190,7 +190,7 @@ def test_a_broken_line_is_named_by_its_number(own):
 
 @pytest.mark.parametrize("change, message", [
     ({"video": "../secret.mp4"}, "lies outside"), ({"video": "/etc/passwd"}, "lies outside"), ({"split": "trian"}, "split"),
-    ({"captions": {"en": []}}, "at least one caption"), ({"start": 2., "end": 1.}, "end must come after start"), ({"colour": "red"}, "colour: unknown key")])
+    ({"captions": {"en": []}, "questions": []}, "at least one caption"), ({"start": 2., "end": 1.}, "end must come after start"), ({"colour": "red"}, "colour: unknown key")])
 def test_a_wrong_record_is_named(own, change, message):
     lines = (own/"records.jsonl").read_text().splitlines()
     lines[1] = json.dumps({**json.loads(lines[1]), **change})

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_temporal import adapted, fill, loss_and_gradients, settings, signals
 
 import mmqlora
+from mmqlora.adapters import load_adapter
 from mmqlora.core import InputError
 from mmqlora.lifecycle import export, float_weight, merge
 from mmqlora.model import from_pretrained, linears
-from mmqlora.quickstart import _adapter_config, _attach
 from mmqlora.temporal import GATES, TemporalLoraConfig, gated_layers, set_frame_signals
 
 QUANTIZATIONS = ("none", "nf4", "int8")
@@ -39,7 +39,7 @@ def logits(model, family="smolvlm", z=None):
     with torch.no_grad(): return model(**batch).logits
 
 
-def attach(model, folder, trainable=False): return _attach(model, folder, _adapter_config(folder), trainable)
+def attach(model, folder, trainable=False): return load_adapter(model, folder, trainable)
 
 
 @pytest.mark.parametrize("gate", [*GATES, "none"])
@@ -235,4 +235,4 @@ def test_only_safetensors_are_read_and_a_stranger_is_refused_before_loading(fold
     with pytest.raises(InputError, match="not a model that transformers can load"): from_pretrained(tmp_path)
     (tmp_path/"config.json").write_text(json.dumps({"model_type": "blip-2"}))
     with pytest.raises(InputError, match=r"declare MODALITIES\['blip-2'\]"): from_pretrained(tmp_path)
-    assert settings(base(folders))["rank_pattern"] and linears(base(folders))
+    assert settings(base(folders))["target_modules"] and linears(base(folders))
