@@ -166,6 +166,7 @@ PLANNED = {
 
 SURVIVES = [("qlora", "qlora-uniform"), ("qlora-cover-k4", "qlora-uniform-k4"), ("tqlora", "qlora-uniform-k4"), ("tqlora", "tqlora-constant")]   # C7
 
+# %% ../nbs/14a_report.ipynb #efb74ef5
 def full_name(metric:str, split:str="test") -> str:
     "A metric with its split."
     return metric if "." in metric else f"{split}.{metric}"
