@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHOWN', 'task_scores', 'retention_scores', 'disordered', 'disorder_scores', 'checked']
 
-# %% ../nbs/11d_checks.ipynb #33c57dd0
+# %% ../nbs/11d_checks.ipynb #21a1fa2c
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from .batch import ClipSet
+from .batch import ClipSet, caption_ids
 from .config import RunConfig
 from .core import rng_for
 from .grammar import TRANSIENT, slots_of
@@ -21,12 +21,12 @@ from .predict import score_captions, write_answers
 from .retention import as_images, base_clips
 from .tasks import rounds_of
 
-# %% ../nbs/11d_checks.ipynb #828b1f56
+# %% ../nbs/11d_checks.ipynb #f777f1ce
 def _answered(model, tokenizer, clips:ClipSet, signals, asks) -> tuple[list[int], list[str], list[str]]:
     "Which clips, what the model answers, what is right."
     rows, prompts, answers = map(list, zip(*asks))
-    at = torch.tensor(rows)
-    return rows, write_answers(model, tokenizer, clips[at], prompts, signals[at]), answers
+    at, longest = torch.tensor(rows), max(len(caption_ids(tokenizer, a)) for a in answers)      # what is longer is wrong, and need not be heard out
+    return rows, write_answers(model, tokenizer, clips[at], prompts, signals[at], max_new_tokens=longest), answers
 
 def _scores(kind:str, written:list[str], answers:list[str]) -> dict:
     "name -> scores of the answers of a kind."
@@ -47,7 +47,7 @@ def task_scores(model, tokenizer, clips:ClipSet, records:list, signals) -> dict[
             right[rows] += values; asked[rows] += 1
     return {name: np.where(asked > 0, right/np.maximum(asked, 1), np.nan) for name, (right, asked) in parts.items()}
 
-# %% ../nbs/11d_checks.ipynb #bc7c1afa
+# %% ../nbs/11d_checks.ipynb #79b616cd
 def retention_scores(model, tokenizer, n:int, k:int, size:int) -> dict[str, np.ndarray]:
     "base.exact, base.slots, base.loss, base.questions, image.color: (n,) each, on `n` clips of the base domain in `k` frames of `size` pixels."
     clips, records = base_clips(n, k, size)
@@ -70,7 +70,7 @@ def disorder_scores(model, tokenizer, clips:ClipSet, captions:list[str], signals
     slots = slot_scores(*([slots_of(c) for c in said] for said in (written, captions)), set(TRANSIENT))
     return dict(exact_disordered=exact_match(written, captions), slots_disordered=slots["slots"])
 
-# %% ../nbs/11d_checks.ipynb #3308f2c2
+# %% ../nbs/11d_checks.ipynb #b7d90c33
 SHOWN = 4                                                    # Clips whose gates are kept
 
 def _plain(values) -> list: return [None if np.isnan(v) else round(float(v), 4) for v in values]
