@@ -170,7 +170,7 @@ PLANNED = {
 
 SURVIVES = [("qlora", "qlora-uniform"), ("qlora-cover-k4", "qlora-uniform-k4"), ("tqlora", "qlora-uniform-k4"), ("tqlora", "tqlora-constant")]   # C7
 
-# %% ../nbs/14a_report.ipynb #b35ae073
+# %% ../nbs/14a_report.ipynb #c97c03e5
 def full_name(metric:str, split:str="test") -> str:
     "A metric with its split."
     return metric if "." in metric else f"{split}.{metric}"
@@ -318,7 +318,7 @@ def gpu_macros(e:Evidence) -> dict:
              "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(GPU_PLAN))}
     return {f"gpu.{k}": v for k, v in metric_macros(e.gpu).items()} | about
 
-# %% ../nbs/14a_report.ipynb #4332b645
+# %% ../nbs/14a_report.ipynb #f28a0848
 def by_corruption(record:dict) -> dict[str, float]:
     "Corruption -> exact match on its clips, mean over seeds; {} for a record that does not know them."
     exact = np.nanmean(np.array(record["per_clip"]["ood.exact"], float), 0)
@@ -326,8 +326,9 @@ def by_corruption(record:dict) -> dict[str, float]:
     return {name: float(np.mean([x for x, d in zip(exact, damage) if d == name])) for name in dict.fromkeys(damage) if name}
 
 def beyond_macros(records:dict) -> dict:
-    "corruption.<run>.<corruption>: exact match; spectrum.<run>.<modality>: effective rank."
-    out = {f"corruption.{run}.{name}": number(v) for run, r in records.items() for name, v in by_corruption(r).items()}
+    "corruption.<run>.<corruption>: exact match; spectrum.<run>.<modality>: effective rank; data.<run>.clips: how many, if not all."
+    out = {f"data.{run}.clips": count(n) for run, r in records.items() if (n := r["config"].get("train_clips"))}
+    out |= {f"corruption.{run}.{name}": number(v) for run, r in records.items() for name, v in by_corruption(r).items()}
     return out | {f"spectrum.{run}.{m}": number(v, 1) for run, r in records.items() for m, v in effective_ranks(r).items()}
 
 # %% ../nbs/14a_report.ipynb #b6e91329
@@ -509,7 +510,7 @@ def gpu_table(e:Evidence) -> str:
     lead = {"Frames": _config("selector"), "$K$": _config("frames"), "Seeds": lambda r: str(len(r["per_clip"]["test.exact"])), "Params": _params}
     return measure_table(e.gpu, list(e.gpu), ("exact", "transient", "order", "loss"), ("exact",), lead)
 
-# %% ../nbs/14a_report.ipynb #76995505
+# %% ../nbs/14a_report.ipynb #7f961c5f
 def _asked_table(records:dict, names:dict, wide=()) -> str:
     "Runs that have all of `names` {metric: title}."
     runs = [r for r in records if names.keys() <= records[r]["metrics"].keys()]
@@ -618,7 +619,7 @@ def data_law_figure(e:Evidence):
     return rank_law_figure(e)
 
 FIGURES = dict(spectra=lambda e: spectra_figure(e.records), gatemap=lambda e: gatemap_figure(e.records["tqlora"].get("gates") or {}),
-               gallery=lambda e: gallery_figure(e.records), data_law=data_law_figure, main=lambda e: main_figure(e.records), gates=lambda e: gates_figure(e.records),
+               gallery=lambda e: gallery_figure(e.records), datalaw=data_law_figure, main=lambda e: main_figure(e.records), gates=lambda e: gates_figure(e.records),
                selectors=lambda e: selectors_figure(e.records, e.selection["coverage"]),
                law=rank_law_figure, efficiency=lambda e: efficiency_figure(e.efficiency["cells"]),
                planner=lambda e: planner_figure(e.efficiency["predictions"]), scaling=lambda e: scaling_figure(e.records), curves=lambda e: curves_figure(e.records), selection=lambda e: selection_figure(e.selection),
