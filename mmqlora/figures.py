@@ -39,7 +39,7 @@ def differing(records:dict, fields, reference:str=REFERENCE) -> list[str]:
     "`reference` and all runs that differ from it in some of `fields` and in nothing else, in the order of the records."
     if reference not in records: raise InputError("results", f"no run '{reference}'", "comparisons are made against it")
     base = records[reference]["config"]
-    def others(run): return {k for k, v in records[run]["config"].items() if v != base[k]} - {"seeds"}
+    def others(run): return {k for k, v in records[run]["config"].items() if v != base.get(k)} - {"seeds", "checks"}
     return [reference] + [run for run in records if run != reference and others(run) and others(run) <= set(fields)]
 
 SELECTORS, GATES, RANKS = {"selector"}, {"gate", "gate_signal", "gate_lr", "signals"}, {"ranks", "allocation", "budget_rank"}

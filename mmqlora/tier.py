@@ -45,7 +45,7 @@ def make_corpus(params:Params, frames="artifacts/gpu/frames", workers:int=2):
     root = repo_path(params.corpus.root)
     records = build_mmevents(root, params.corpus, workers)
     for split, n in active_profile(params).clips.items():
-        sets, _ = prepare(root, of_split(records, split, n), params.frames, workers, split)
+        sets, _ = prepare(root, of_split(records, split, n), params.frames, workers, split, audio=True)
         for name, clips in sets.items(): save_clips(repo_path(frames, name, f"{split}.safetensors"), clips)
 
 # %% ../nbs/12b_tier.ipynb #08f32831
@@ -100,10 +100,10 @@ def trials_of(params:Params) -> list[Job]:
 
 # %% ../nbs/12b_tier.ipynb #d7dfb30e
 def _loader(params:Params, frames):
-    "load(selector, budget, split) -> `SplitData`, the last few kept on the GPU if there is one."
+    "load(selector, budget, split, audio) -> `SplitData`, the last few kept on the GPU if there is one."
     @lru_cache(maxsize=4)
-    def load(selector, budget, split):
-        data = load_split(params, RunConfig(selector=selector, frames=budget), split, frames)
+    def load(selector, budget, split, audio=False):
+        data = load_split(params, RunConfig(selector=selector, frames=budget, audio=audio), split, frames)
         if torch.cuda.is_available(): data.clips = replace(data.clips, pixels=data.clips.pixels.cuda())
         return data
     return load
@@ -114,7 +114,7 @@ def do_job(params:Params, job:Job, load) -> dict:
     "Train and measure one job; what its file holds."
     config = run_config(params, job.run).model_copy(update=dict(job.change))
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    data = {split: load(config.selector, config.frames, split) for split in ("train", *job.splits)}
+    data = {split: load(config.selector, config.frames, split, config.audio) for split in ("train", *job.splits)}
     result = run_seed(job.run, config, job.seed, data, measure=read_split)
     if torch.cuda.is_available(): result["cost"]["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     read = {s: dict(per_clip={k: _plain(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
@@ -212,7 +212,7 @@ def collect(params:Params, out="artifacts/gpu/queue") -> tuple[dict, list[str]]:
     "({run: result record}, runs that are not complete) from the files in folder `out`."
     records, profile, made, missing = read_records(repo_path(params.corpus.root)), active_profile(params), {}, []
     parts = {s: of_split(records, s, profile.clips[s]) for s in ("test", "ood")}
-    data = {s: SplitData(s, None, [r.captions["en"][0] for r in part], [r.gallery for r in part]) for s, part in parts.items()}
+    data = {s: SplitData(s, None, [r.captions["en"][0] for r in part], [r.gallery for r in part], part) for s, part in parts.items()}
     captions = {s: d.captions for s, d in data.items()}
     for run in params.runs:
         config, paths = run_config(params, run), [repo_path(out, f"{j.key}.json") for j in jobs_of(params, [run])]

@@ -28,6 +28,7 @@ from .joint import apply_bits, options_for, plan, requantized
 from .model import linears, load_model
 from .prune import START, Pruner
 from .ranks import module_ranks, storage_bytes
+from .tasks import draw_tasks
 from .temporal import gated_layers, set_frame_signals
 
 # %% ../nbs/09_train.ipynb #60d49cf7
@@ -108,28 +109,36 @@ def load_checkpoint(path, model, optimizer, key:str) -> dict:
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
-# %% ../nbs/09_train.ipynb #086636c6
+# %% ../nbs/09_train.ipynb #e5825be1
 def keep_signal_scale(model, clips:ClipSet):
     "Note the scale of the training clips' signals in the adapter's config, so that a saved adapter can be used alone."
     config = model.peft_config["default"]
     config.signal_mean, config.signal_std = (s.tolist() for s in signal_scale(clips))
 
+# %% ../nbs/09_train.ipynb #086636c6
 class Trainer:
     "One model, one set of clips, one seed: `step(n)` is everything that happens in step n."
-    def __init__(self, model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int=0):
-        self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
+    def __init__(self, model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int=0, asked:list[dict]|None=None):
+        self.model, self.tokenizer, self.config, self.seed, self.asked = model, tokenizer, config, seed, asked
         self.clips, self.captions = clips, [caption_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
         if len(self.captions) != len(clips): raise InputError("captions", f"{len(captions)} captions for {len(clips)} clips")
         self.signals = gate_signals(clips, config.gate_signal, clips, seed)
+        if config.tasks != ["caption"] and not asked: raise InputError("tasks", f"{config.tasks}, but nothing to ask", "give Trainer `asked_of` each record")
         if gated_layers(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
-        self.device = next(model.parameters()).device
-        self.tokens = tokens_per_frame(model.config)
+        self.device, self.tokens = next(model.parameters()).device, tokens_per_frame(model.config)
         self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
+
+    def told(self, n:int, rows) -> tuple[list[list[int]], list[str] | None]:
+        "Answers (token ids) and prompts of the clips in step n; None: plain captions."
+        if self.config.tasks == ["caption"]: return [self.captions[i] for i in rows], None
+        prompts, answers = zip(*draw_tasks([self.asked[i] for i in rows], self.config.tasks, rng_for(self.seed, "tasks", n)))
+        return [caption_ids(self.tokenizer, a, "answer") for a in answers], list(prompts)
 
     def step(self, n:int) -> float:
         rows = rows_of_step(n, self.config.batch_size, len(self.clips), self.seed)
-        batch = collate(self.tokenizer, self.clips[rows], [self.captions[i] for i in rows], self.tokens)
+        answers, prompts = self.told(n, rows)
+        batch = collate(self.tokenizer, self.clips[rows], answers, self.tokens, prompts)
         set_frame_signals(self.model, self.signals[rows])
         for group in self.optimizer.param_groups: group["lr"] = group["peak"]*rate_at(n, self.config.steps, self.config.warmup)
         loss = caption_loss(self.model, {k: v.to(self.device) for k, v in batch.items()})

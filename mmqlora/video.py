@@ -77,19 +77,16 @@ def video_info(path) -> VideoInfo:
 class _Scaler:
     "Takes frames one by one, gives them as (N, size, size, 3) uint8 RGB, upright."
     def __init__(self, size:int):
-        self.size, self.kept, self.turn = size, [], 0
+        self.size, self.kept, self.turn = size, bytearray(), 0
         self.reformat, self.options = VideoReformatter().reformat, dict(interpolation=int(Interpolation.AREA), threads=1)
         self.format = av.VideoFormat("rgb24", size, size)                     # names would be looked up for every frame
     def add(self, frame):
-        if not self.kept: self.turn = round(frame.rotation/90) % 4                # quarter turns counter-clockwise, the same for all frames
-        small = self.reformat(frame, self.size, self.size, self.format, **self.options)
-        self.kept.append(bytes(small.planes[0]))                              # half the time of an array
-    def _packed(self, plane:bytes) -> bytes:
-        "A picture without what FFmpeg adds to its lines."
-        lines = np.frombuffer(plane, np.uint8).reshape(self.size, -1)
-        return plane if lines.shape[1] == 3*self.size else lines[:, :3*self.size].tobytes()
+        if not self.kept: self.turn = round(frame.rotation/90) % 4            # quarter turns counter-clockwise, the same for all frames
+        plane = self.reformat(frame, self.size, self.size, self.format, **self.options).planes[0]
+        if plane.line_size == 3*self.size: self.kept += plane
+        else: self.kept += np.frombuffer(plane, np.uint8).reshape(self.size, -1)[:, :3*self.size].tobytes()      # without what FFmpeg adds to lines
     def pixels(self) -> np.ndarray:
-        frames = np.frombuffer(bytearray().join(map(self._packed, self.kept)), np.uint8).reshape(-1, self.size, self.size, 3)
+        frames = np.frombuffer(self.kept, np.uint8).reshape(-1, self.size, self.size, 3)
         return np.ascontiguousarray(np.rot90(frames, self.turn, (1, 2))) if self.turn else frames
 
 def _timed(container, stream):

@@ -89,6 +89,10 @@ def test_a_run_makes_a_complete_record(tiny, monkeypatch, name, trained):
     assert (record["cost"]["trainable_params"] > 0) == trained == bool(record["curve"]["step"])
     assert len(list((tiny/f"artifacts/adapters/{name}").glob("seed*/adapter_model.safetensors"))) == (seeds if trained else 0)
     assert not list((tiny/"artifacts").rglob("*.checkpoint.safetensors"))
+    assert ("test.questions" in record["metrics"]) == ("base.slots" in record["per_clip"]) == (name == "zeroshot")       # its `checks`
+    assert set(record["corruptions"]) == set(record["galleries"]["ood"])
+    assert (set(record["spectra"]) == {"vision", "fusion", "text"}) == trained
+    assert not trained or len(record["gates"]["text"][0]) == 4 and len(record["gates"]["signals"][0][0]) == 9
 
 
 def test_committed_results_carry_their_provenance():

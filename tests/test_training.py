@@ -12,6 +12,7 @@ from mmqlora.model import linears, load_model
 from mmqlora.predict import score_captions, write_captions
 from mmqlora.quickstart import load
 from mmqlora.ranks import audit
+from mmqlora.tasks import asked_of
 from mmqlora.temporal import gated_layers
 from mmqlora.train import Trainer, build, fit, trained_tensors
 
@@ -139,3 +140,36 @@ def test_a_saved_adapter_writes_the_same_captions_when_it_is_loaded_again(traini
     assert write_captions(again, tokenizer, clips) == write_captions(model, tokenizer, clips)
     captions = ["first the red disc hops , and then the blue bar expands ."]*len(clips)
     assert torch.equal(score_captions(again, tokenizer, clips, captions), score_captions(model, tokenizer, clips, captions))
+
+
+def asked(corpus): return [asked_of(r) for r in corpus[1] if r.split == "train"]
+
+
+def test_a_run_of_captions_is_the_same_whether_more_could_be_asked_or_not(training, short, corpus):
+    clips, captions = training
+    model, tokenizer = build(BASE, short, device="cpu")
+    assert fit(Trainer(model, tokenizer, clips, captions, short, asked=asked(corpus)))["loss"] == trained(training, short)[2]
+
+
+def test_a_run_of_many_tasks_sees_the_same_clips_and_learns(training, short, corpus):
+    clips, captions = training
+    config = short.model_copy(update={"tasks": ["caption", "languages", "questions", "instructions", "sound"], "steps": 30})
+    losses = []
+    for _ in range(2):
+        model, tokenizer = build(BASE, config, device="cpu")
+        trainer = Trainer(model, tokenizer, clips, captions, config, asked=asked(corpus))
+        losses.append(fit(trainer)["loss"])
+    assert losses[0] == losses[1] and sum(losses[0][-5:]) < .7*sum(losses[0][:5])
+    answers, prompts = trainer.told(0, range(16))
+    assert len(set(prompts)) > 4 and "" in prompts and len(answers) == 16
+    with pytest.raises(InputError, match="nothing to ask"): Trainer(model, tokenizer, clips, captions, config)
+
+
+def test_prompts_of_different_lengths_in_a_batch_score_as_each_does_alone(training, corpus):
+    clips, _ = training
+    model, tokenizer = load_model(BASE, "none", device="cpu")
+    told = [found["questions"][i % 4][1:] for i, found in enumerate(asked(corpus))]
+    prompts, answers = [p for p, _ in told[:6]] + [""]*2, [a for _, a in told[:6]] + ["a red disc grows ."]*2
+    together = score_captions(model, tokenizer, clips[:8], answers, prompts=prompts)
+    alone = torch.cat([score_captions(model, tokenizer, clips[i:i + 1], answers[i:i + 1], prompts=prompts[i:i + 1]) for i in range(8)])
+    assert len({len(p.split()) for p in prompts}) > 2 and torch.allclose(together, alone, atol=1e-4)
