@@ -70,8 +70,8 @@ def train(run: Annotated[str, typer.Argument(help="Name of a run in params.yaml.
     record = run_experiment(params, run)
     write_json(repo_path("results", params.profile, f"{run}.json"), record)
     table = Table("metric", "value", "95 % interval", title=f"{run} ({params.profile})")
-    for name in ("test.exact", "test.slots", "test.cider", "test.t2v_r1", "ood.exact"):
-        m = record["metrics"][name]
+    shown = ("test.exact", "test.slots", "test.vqa", "test.cider", "test.t2v_r1", "ood.exact")
+    for name, m in ((n, record["metrics"][n]) for n in shown if n in record["metrics"]):
         table.add_row(name, f"{m['value']:.3f}", "" if m["ci95"] is None else "{:.3f} to {:.3f}".format(*m["ci95"]))
     console.print(table)
 

@@ -62,6 +62,7 @@ def best_seconds(works:dict, repeats:int=5) -> dict:
             best[name] = min(best[name], time.process_time() - begin)
     return best
 
+# %% ../nbs/06b_decoding.ipynb #45a99981
 def decode_costs(path, size:int=32, repeats:int=5) -> dict:
     "Frames, seconds, and ratios of one video: throughput against bare PyAV, the same arrays and full arrays, signals against decoding."
     clip = read_clip(path, size)
