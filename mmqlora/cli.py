@@ -70,8 +70,8 @@ def train(run: Annotated[str, typer.Argument(help="Name of a run in params.yaml.
     record = run_experiment(params, run)
     write_json(repo_path("results", params.profile, f"{run}.json"), record)
     table = Table("metric", "value", "95 % interval", title=f"{run} ({params.profile})")
-    for name in ("test.exact", "test.slots", "test.cider", "test.t2v_r1", "ood.exact"):
-        m = record["metrics"][name]
+    shown = ("test.exact", "test.slots", "test.vqa", "test.cider", "test.t2v_r1", "ood.exact")
+    for name, m in ((n, record["metrics"][n]) for n in shown if n in record["metrics"]):
         table.add_row(name, f"{m['value']:.3f}", "" if m["ci95"] is None else "{:.3f} to {:.3f}".format(*m["ci95"]))
     console.print(table)
 
@@ -111,12 +111,13 @@ def import_(name: Annotated[str, typer.Argument(metavar="FORMAT", help="Which co
             videos: Annotated[Path, typer.Option(help="Folder of videos, searched with its subfolders.")],
             out: Annotated[Path | None, typer.Option(help="Corpus folder to write; data/FORMAT if not given.")] = None,
             in_place: Annotated[bool, typer.Option("--in-place", help="Make the folder of videos itself the corpus folder.")] = False,
-            min_seconds: Annotated[float, typer.Option(min=0., help="Shorter clips are left out, and reported.")] = .5):
+            min_seconds: Annotated[float, typer.Option(min=0., help="Shorter clips are left out, and reported.")] = .5,
+            held_out: Annotated[float, typer.Option(min=0., max=.9, help="Share of training videos that become test, in a corpus without a test split.")] = 0.):
     "Import a corpus from its own annotation files and a folder of videos."
     from mmqlora.importers import import_corpus
     if in_place and out: raise InputError("--out", "cannot be given with --in-place")
     folder = videos if in_place else out or repo_path("data", name)
-    report = import_corpus(name, annotations, videos, None if in_place else folder, min_seconds)
+    report = import_corpus(name, annotations, videos, None if in_place else folder, min_seconds, held_out)
     console.print(f"{folder}: {report['kept']} of {report['clips']} clips, {report['videos']} videos", soft_wrap=True)
     table = Table("split", "clips")
     for split, n in report["splits"].items(): table.add_row(split, str(n))

@@ -101,7 +101,7 @@ class RunConfig(TaskConfig):
 # %% ../nbs/01_config.ipynb #e6792d0f
 class Profile(Strict):
     "How much of everything: the size of one tier."
-    clips: dict[Split, int]                         # Clips used of each split
+    clips: dict[Split, int | None]                  # Clips used of each split; null: all of them
     steps: int | None = None                        # Caps the steps of every run
     max_seeds: int | None = None                    # Caps the seeds of every run
     seeds: list[int] | None = None                  # Of every run that trains, whatever it lists

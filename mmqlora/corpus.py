@@ -46,6 +46,10 @@ class ClipRecord(Strict):
         if self.end is not None and self.end <= self.start: raise ValueError("end must come after start")
         if not any(self.captions.values()) and not self.questions: raise ValueError("a clip needs at least one caption or question")
         return self
+    @property
+    def references(self) -> list[str]:
+        "Its English captions, else those of its first language; [] if there are only questions."
+        return self.captions.get("en") or next(filter(None, self.captions.values()), [])
 
 # %% ../nbs/02_corpus.ipynb #43184b63
 def read_records(root) -> list[ClipRecord]:

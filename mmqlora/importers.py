@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 from tqdm import tqdm
 
 from .config import _nearest
-from .core import InputError, file_hash, read_json, write_json, write_text
+from .core import InputError, content_hash, file_hash, read_json, write_json, write_text
 from .corpus import ClipRecord, Question, read_records, write_records
 from .video import video_info
 
@@ -279,6 +279,14 @@ FORMATS = {
                         "www.di.ens.fr/willow/research/howto100m"),
 }
 
+# %% ../nbs/03a_importers.ipynb #1d42dbee
+def _held_out(records:list[ClipRecord], share:float) -> list[ClipRecord]:
+    "Of a corpus without a test split, all clips of a `share` of its training videos (at least one, by a hash of their names) become test."
+    videos = sorted({r.video for r in records if r.split == "train"}, key=content_hash)
+    if not share or any(r.split == "test" for r in records) or len(videos) < 2: return records
+    drawn = set(videos[:max(1, round(share*len(videos)))])
+    return [r.model_copy(update=dict(split="test")) if r.split == "train" and r.video in drawn else r for r in records]
+
 # %% ../nbs/03a_importers.ipynb #6558b0ba
 def _shared(records) -> dict:
     "Numbers of videos that two splits have in common."
@@ -325,12 +333,14 @@ def import_corpus(
     videos,                # Folder of video files, searched with its subfolders
     out=None,              # Corpus folder to write; None: `videos` itself becomes the corpus folder
     min_seconds:float=.5,  # Clips that last less are left out, and reported
+    held_out:float=0.,     # Share of the training videos that become test, if the corpus has no test split with annotations
 )->dict:                   # The report, as written to report.json
     "Write `records.jsonl`, `report.json` and `problems.jsonl`. Raises `InputError` if no clip could be used."
     if name not in FORMATS: raise InputError("corpus", f"unknown format '{name}'", _nearest(name, FORMATS))
     paths, videos = [Path(a) for a in annotations], Path(videos).absolute()
     entries, out = _entries(name, paths), Path(out or videos).absolute()
     records, problems, clamped = _usable(entries, videos, out, min_seconds, name)
+    records = _held_out(records, held_out)
     report = _report(name, [f for f in _files(paths, r"\.(json|csv)$") if f.parent != out], entries, records, problems, clamped)
     write_text(out/"problems.jsonl", "".join(json.dumps(p._asdict(), ensure_ascii=False) + "\n" for p in problems))
     write_json(out/"report.json", report)

