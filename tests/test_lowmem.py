@@ -12,7 +12,9 @@ from mmqlora.blocks import Lin, dense, lin_forward
 from mmqlora.core import InputError
 from mmqlora.ledger import peak_of
 from mmqlora.lowmem import LEVERS, FeatureCache, linear_loss, low_memory, towers
+from mmqlora.model import linears
 from mmqlora.steps import MasterAdamW, MicroBatches, pack, packed
+from mmqlora.temporal import GATES, TemporalLoraConfig, set_frame_signals, wire_gates
 
 BLOCKED = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "video_llama_3", "video_llava", "llava_onevision", "internvl", "qwen2_5_omni"}
 
@@ -210,3 +212,33 @@ def test_an_adapter_that_is_not_plain_lora_keeps_its_layer_stock():
     report = low_memory(model)
     assert "2 checkpointed" in report.done["blocks"] and "LoRA variant" in report.done["blocks"]
     assert model(**video_inputs("qwen2_5_vl")).loss.isfinite()
+
+
+def gated(family, gate, levers=None, **options):
+    "A 4-bit model with temporal gates on the linears of its text model; with `levers`, after `low_memory`."
+    model = build(family)
+    quantize_linears(model, skip=("lm_head", "embed_out"))
+    torch.manual_seed(0)
+    text = {n: 4 if i % 2 else 2 for i, n in enumerate(linears(model)["text"])}                # ranks that differ
+    model = peft.get_peft_model(model.requires_grad_(False), TemporalLoraConfig(r=4, lora_alpha=8, target_modules=list(text), rank_pattern=text, gate=gate))
+    wire_gates(model)
+    for n, p in model.named_parameters():
+        if "lora_B" in n or "lora_gate" in n: p.data.normal_(std=.3)
+    if levers is not None: low_memory(model, levers, **options)
+    return model.train()
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_vl", "video_llama_3", "video_llava"])
+def test_gated_layers_run_as_blocks_with_the_same_gradients(family, gate):
+    batch, z = video_inputs(family), torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    results = []
+    for levers in (None, tuple(LEVERS)):
+        model = gated(family, gate, levers, mlp_bytes=2000)
+        set_frame_signals(model, z)
+        results.append(gradients(model, batch))
+    assert "2 layers as blocks" in model._mmqlora.done["blocks"]
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6) and distance(results[1][1], results[0][1]) < 1e-5
+    for key in ("lora_gate", "lora_A"):
+        parts = [{n: g for n, g in found.items() if key in n} for _, found in results]
+        assert not parts[0] or distance(*parts) < 1e-5
