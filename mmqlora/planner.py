@@ -15,8 +15,7 @@ from transformers import AutoConfig
 
 from .benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
 from .core import InputError
-from .ledger import counted, held
-from .lowmem import in_host
+from .ledger import counted, held, in_host
 
 # %% ../nbs/12d_planner.ipynb #84b4dca3
 @dataclass(frozen=True)
