@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .temporal import GateVariant, Layout, gate_values, token_table
+from .temporal import GateVariant, Layout, gate_values, slopes, token_table
 
 # %% ../nbs/09b_blocks.ipynb #379a2191
 def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
@@ -248,7 +248,7 @@ class Plan:
         step = -(-n//count)
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
-# %% ../nbs/09b_blocks.ipynb #fe41cd64
+# %% ../nbs/09b_blocks.ipynb #cb91e824
 @dataclass(eq=False)
 class Half:
     "Half a layer: its norm and linears."
@@ -271,7 +271,7 @@ class Half:
             self._mixing = torch.block_diag(*parts).to(like)
         return self._mixing
 
-# %% ../nbs/09b_blocks.ipynb #9647e77c
+# %% ../nbs/09b_blocks.ipynb #634645a2
 @dataclass(eq=False)
 class Gates:
     "The gates of one forward pass, for every half of a layer."
@@ -288,6 +288,7 @@ class Gates:
         each = iter(rows.split([len(lin.gate) for lin in half.learned], 1))
         return [next(each) if lin.gate is not None else None for lin in half.lins]
 
+# %% ../nbs/09b_blocks.ipynb #c2472ee8
 _UNGATED = Gates(None, None, None, {})
 
 def gates_of(plan:Plan, dtype) -> Gates:
@@ -299,7 +300,7 @@ def gates_of(plan:Plan, dtype) -> Gates:
     else:
         onehot = (index == torch.arange(len(units), device=index.device)[:, None]).to(dtype)
         learned = [lin.gate for half in plan.gated for lin in half.learned]
-        table = gate_values(units.float(), (torch.cat(learned) if learned else variant.slopes(units)).float()).to(dtype)
+        table = gate_values(units.float(), (torch.cat(learned) if learned else slopes(units, variant)).float()).to(dtype)
         parts = table.split([half.width for half in plan.gated], 1) if learned else [table]*len(plan.gated)
         plan.gates = Gates(layout, index, onehot, dict(zip(plan.gated, parts)))
     return plan.gates
@@ -328,7 +329,7 @@ class Gradients:
         params = [p for lin in self.half.lins for p in (lin.A, lin.B)]
         return [self.table, *(None if g is None else g.to(p.dtype) for g, p in zip(self.sums, params))]
 
-# %% ../nbs/09b_blocks.ipynb #86d5a6dc
+# %% ../nbs/09b_blocks.ipynb #40bd4d48
 class Mlp(Half):
     "The MLP half of a layer: h + down(silu(gate(n)) * up(n)) with n = norm(h). Linears: gate, up, down."
 
@@ -365,12 +366,10 @@ class MlpFunction(torch.autograd.Function):
         parts = half.plan.parts(len(h), gate.rows, h.element_size())
         w = [dense(gate.weight, h.dtype), dense(up.weight, h.dtype), dense(down.weight, h.dtype) if len(parts) > 1 else None]
         for part in parts:
-            d, n = dout[part], rms_norm(h[part], half.norm, half.eps)
-            by, products = gates.of(half, part), sums.products(h[part])
+            d, n, by, products = dout[part], rms_norm(h[part], half.norm, half.eps), gates.of(half, part), sums.products(h[part])
             g, u = lin_forward(n, gate, w[0], by[0]), lin_forward(n, up, w[1], by[1])
             dg, du, grads = _down_grad(d, g, u, down, w[2], by[2], products[2])
-            sums.add(2, *grads)
-            del g, u
+            sums.add(2, *grads); del g, u
             dn, *grads = lin_backward(dg, n, gate, w[0], None, by[0], products[0])
             sums.add(0, *grads)
             dn, *grads = lin_backward(du, n, up, w[1], dn, by[1], products[1])

@@ -118,6 +118,7 @@ def keep_signal_scale(model, clips:ClipSet):
     config = model.peft_config["default"]
     config.signal_mean, config.signal_std = (s.tolist() for s in signal_scale(clips))
 
+# %% ../nbs/09_train.ipynb #04491b3b
 class Trainer:
     "One model, one set of clips, one seed: `step(n)` is everything that happens in step n. At most `at_once` clips at a time (default: all, and fewer after an out-of-memory error)."
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int=0, at_once:int|None=None):
@@ -152,7 +153,7 @@ class Trainer:
         if self.pruner: self.pruner(n)
         return loss
 
-# %% ../nbs/09_train.ipynb #5d0f3af4
+# %% ../nbs/09_train.ipynb #a98d54e8
 def _gradients(self:Trainer, batch:dict) -> float:
     "Mean loss of a batch; its gradient is left in the parameters."
     try:
