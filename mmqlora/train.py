@@ -169,6 +169,7 @@ def _loss_sum(self:Trainer, part:dict) -> torch.Tensor:
     if hasattr(self.model, "_mmqlora"): return self.loss(part)*(part["labels"][:, 1:] != -100).sum()
     return self.loss(part, "none").sum()
 
+# %% ../nbs/09_train.ipynb #eb0c8d15
 def _fits_or_raise(self:Trainer, memory:int):
     "Raises `InputError`, with the nearest setting that fits, if a step needs more than `memory` bytes. Takes seconds for a small model."
     batch, sizes = self.batch(0), {}
