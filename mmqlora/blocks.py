@@ -52,6 +52,7 @@ class Lin:
     def rows(self) -> int: return (getattr(self.weight, "quant_state", None) or self.weight).shape[0]
     def adapter(self, dtype): return (None, None) if self.A is None else (self.A.to(dtype), self.B.to(dtype))
 
+# %% ../nbs/09b_blocks.ipynb #d220985d
 def lin_forward(x, lin:Lin, w=None, gate=None) -> torch.Tensor:
     "x (N, in) -> (N, out). `w`: the dense weight, if it is at hand; `gate` (N, r or 1) multiplies x A'."
     w, (A, B) = dense(lin.weight, x.dtype) if w is None else w, lin.adapter(x.dtype)

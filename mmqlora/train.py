@@ -122,11 +122,10 @@ def keep_signal_scale(model, clips:ClipSet):
 class Trainer:
     "One model, one set of clips, one seed: `step(n)` is everything that happens in step n. At most `at_once` clips at a time (default: all, and fewer after an out-of-memory error)."
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int=0, at_once:int|None=None):
-        self.micro = at_once and MicroBatches(at_once)
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.clips, self.captions = clips, [caption_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
         if len(self.captions) != len(clips): raise InputError("captions", f"{len(captions)} captions for {len(clips)} clips")
-        self.signals = gate_signals(clips, config.gate_signal, clips, seed)
+        self.signals, self.micro = gate_signals(clips, config.gate_signal, clips, seed), at_once and MicroBatches(at_once)
         if gated_layers(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
         self.device = next(model.parameters()).device
