@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'towers', 'without_grad', 'frozen_towers',
            'windows_attention', 'batched_windows', 'align', 'aligned_towers', 'in_parts', 'tower_parts', 'HeadRows',
-           'LinearLoss', 'linear_loss', 'label_loss', 'in_host', 'host_embeddings', 'host_head', 'packed_weight',
-           'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report',
-           'low_memory', 'FeatureCache']
+           'LinearLoss', 'linear_loss', 'label_loss', 'host_embeddings', 'host_head', 'packed_weight', 'quantize_head',
+           'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report', 'low_memory',
+           'FeatureCache']
 
 # %% ../nbs/09c_lowmem.ipynb #64607725
 import inspect
@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
+from .ledger import in_host
 
 # %% ../nbs/09c_lowmem.ipynb #6ffe2d58
 def base_of(model:nn.Module) -> nn.Module:
@@ -284,10 +285,6 @@ def _label_rows(labels) -> dict:
     return dict(rows=rows, targets=shifted[rows])
 
 # %% ../nbs/09c_lowmem.ipynb #bdf8b716
-def in_host(module:nn.Module) -> bool:
-    "Whether a lever put the weight of `module` into host memory for good."
-    return "_apply" in vars(module)
-
 def _stay(module:nn.Module):
     "Keep the weight of `module` in host memory, page-locked if there is a GPU, whatever `.to()` the model gets."
     if not module.weight.is_meta:

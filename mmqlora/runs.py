@@ -28,6 +28,7 @@ from .core import InputError, read_json, repo_path, result_record, write_text
 from .corpus import ClipRecord, of_split, read_records
 from .cost import cost_of
 from .frames import set_name
+from .ledger import free_memory
 from .metrics import caption_metrics, exact_match, ranks, slot_scores, summarize, vqa_accuracy
 from .predict import score_captions, score_galleries, write_answers
 from .ranks import audit
@@ -131,14 +132,14 @@ def evaluate(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple
     return scored(read, data.captions, True) if data.prompts else scored(read, data.references)
 
 # %% ../nbs/12a_runs.ipynb #a2695f21
-def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate) -> dict:
-    "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint."
+def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate, memory:int|None=None) -> dict:
+    "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint. `memory`: bytes that a step may need."
     train, log, optimizer = data["train"].first(config.train_clips), {"loss": [], "seconds": 0.}, None
     model, tokenizer = build(repo_path(config.base), config, seed, calibration=(train.clips, train.captions))
     if config.steps:
         trainer = Trainer(model, tokenizer, train.clips, train.references, config, seed, [asked_of(r) for r in train.records])
         checkpoint = folder and Path(folder)/f"seed{seed}.checkpoint.safetensors"
-        log, optimizer = fit(trainer, checkpoint, label=f"{name} seed {seed}"), trainer.optimizer
+        log, optimizer = fit(trainer, checkpoint, label=f"{name} seed {seed}", memory=memory), trainer.optimizer
     cost, about = cost_of(model, optimizer, log["seconds"], len(log["loss"])), audit(model).to_dict("records")    # as it was trained
     begin, results = time.perf_counter(), {}
     for split, part in data.items():
@@ -225,7 +226,7 @@ def side_by_side(work, items:list) -> list:
 
 def _one_seed(params:Params, name:str, config:RunConfig, frames, folder, splits, seed:int) -> dict:
     data = {split: load_split(params, config, split, frames) for split in splits}
-    result = run_seed(name, config, seed, data, folder)
+    result = run_seed(name, config, seed, data, folder, memory=free_memory())
     scores = ", ".join(f"{split} {result['results'][split][0]['exact'].mean():.3f}" for split in splits[1:])
     print(f"{name}, seed {seed}: exact match {scores}; {result['cost']['train_seconds']:.0f} s training", flush=True)
     return result

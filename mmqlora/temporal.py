@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
-           'features', 'gate_values', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'GatedLinear',
-           'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers', 'wire_gates',
-           'set_frame_signals', 'standardized']
+           'token_table', 'features', 'gate_values', 'slopes', 'GateVariant', 'static_gate', 'gated_delta', 'Gated',
+           'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers',
+           'wire_gates', 'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
 from dataclasses import dataclass, field, replace
@@ -103,6 +103,15 @@ def token_units(layout:Layout) -> tuple[torch.Tensor, int]:
         layout.cache["ids"] = torch.where(seen, unit, -1).view_as(ids), times
     return layout.cache["ids"]
 
+# %% ../nbs/08_temporal.ipynb #cb14962d
+def token_table(layout:Layout, width:int) -> tuple:
+    "Features of the units (units + 1, width), the last for text, and the row of each token (B*L,): (None, None) where no token belongs to a frame."
+    if layout.ids is None: return None, None
+    if layout.signal is None: raise InputError("frame signals", "a gated model ran without them", "call set_frame_signals(model, signals) first")
+    unit, times = token_units(layout)
+    rows = layout.units(times)[:, :width]
+    return rows, torch.where(unit < 0, len(rows) - 1, unit).flatten()
+
 # %% ../nbs/08_temporal.ipynb #cf6f1464
 def _frame_rows(layout, x):
     return layout.units(_times(len(x), sum(layout.frames), "frames in all"))[:-1], (len(x), *[1]*(x.ndim - 2))
@@ -149,6 +158,10 @@ class _ScaleGradient(torch.autograd.Function):
 
 scale_gradient = _ScaleGradient.apply
 
+def slopes(rows:torch.Tensor, variant) -> torch.Tensor:
+    "The fixed weight (1, 1 + C) of a 'gradient' gate."
+    return torch.cat([rows.new_zeros(1, 1), rows.new_full((1, variant.signals), variant.slope/variant.signals)], 1)
+
 # %% ../nbs/08_temporal.ipynb #5b52391e
 class GateVariant(LoraVariant):
     "The peft variant of one adapter: LoRA's forward with the gate between A and B."
@@ -168,8 +181,7 @@ class GateVariant(LoraVariant):
         if self.kind == "gradient" and not torch.is_grad_enabled(): return None
         rows, shape = features(module.frame_state.layout, module.space, x, self.width)
         if rows is None: return None
-        weight = rows.new_tensor([[0.] + [self.slope/self.signals]*self.signals]) if self.kind == "gradient" else module.lora_gate[adapter]
-        return gate_values(rows, weight).view(*shape, -1)
+        return gate_values(rows, slopes(rows, self) if self.kind == "gradient" else module.lora_gate[adapter]).view(*shape, -1)
 
     def forward(self, module, active_adapter:str, x, result, gate=0, **kwargs):
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
