@@ -44,7 +44,7 @@ check() {
 
 base() {
   watch
-  (sleep ${WAIT:-50}; gpu corpus) > /dev/null & local made=$!
+  (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
   gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96
   wait $made
   share
