@@ -368,7 +368,7 @@ def planner_figure(predictions:list[dict]) -> Figure:
     ax.legend()
     return figure
 
-# %% ../nbs/14_figures.ipynb #e9e4c13c
+# %% ../nbs/14_figures.ipynb #f9d55f69
 def effective_rank(values) -> float:
     "exp(-sum of p log p) of singular values as shares p of their sum: between 1 and their number; 0 for none."
     p = np.asarray(values, float)
@@ -389,12 +389,12 @@ def spectra_figure(records:dict) -> Figure:
         for i, run in enumerate(runs):
             mean = np.mean(list(records[run]["spectra"][modality].values()), 0)
             ax.plot(np.arange(1, len(mean) + 1), mean, color=PALETTE[i], marker=MARKERS[i], ms=2.5, label=run)
-        ax.set(title=modality, xlabel="direction", ylim=(0, None))
-    axes[0].set_ylabel("singular value")
+        ax.set(title=modality, xlabel="direction", yscale="log")
+    axes[0].set_ylabel("singular value"); plain_ticks(axes[0].yaxis)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", columnspacing=1., handletextpad=.4)
     return figure
 
-# %% ../nbs/14_figures.ipynb #2d9f50c9
+# %% ../nbs/14_figures.ipynb #3724ecbc
 @drawn
 def gatemap_figure(gates:dict) -> Figure:
     "Signals and mean gates per modality over the frames of the clips that a record keeps; {} gives empty planes."

@@ -9,7 +9,7 @@ from mmqlora.adapters import QUANTIZATION, adapt
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError, repo_path
 from mmqlora.model import linears, load_model
-from mmqlora.predict import score_captions, write_captions
+from mmqlora.predict import score_captions, write_answers, write_captions, write_rounds
 from mmqlora.quickstart import load
 from mmqlora.ranks import audit
 from mmqlora.tasks import asked_of
@@ -173,3 +173,14 @@ def test_prompts_of_different_lengths_in_a_batch_score_as_each_does_alone(traini
     together = score_captions(model, tokenizer, clips[:8], answers, prompts=prompts)
     alone = torch.cat([score_captions(model, tokenizer, clips[i:i + 1], answers[i:i + 1], prompts=prompts[i:i + 1]) for i in range(8)])
     assert len({len(p.split()) for p in prompts}) > 2 and torch.allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [{}, GATED], ids=["qlora", "gated"])
+def test_rounds_of_prompts_from_one_reading_are_answered_as_each_by_itself(training, short, corpus, gate):
+    clips, _ = training
+    model, trainer, _ = trained(training, short.model_copy(update={**gate, "steps": 3}))
+    found = asked(corpus)
+    rounds = [([f["questions"][i % 4][1] for i, f in enumerate(found)], 6), (["in german"]*16, 18), ([f["instructions"][0][1] for f in found], 3)]
+    together = write_rounds(model, trainer.tokenizer, clips, rounds, trainer.signals, batch_size=10)
+    alone = [write_answers(model, trainer.tokenizer, clips, prompts, trainer.signals, max_new_tokens=n) for prompts, n in rounds]
+    assert together == alone and len(set(together[0])) > 3
