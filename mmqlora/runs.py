@@ -212,7 +212,7 @@ def combine(name:str, tier:str, config:RunConfig, seeds:list[dict], data:dict) -
     more, further = _beyond_scores(seeds, groups)
     damage = {r.gallery: r.truth.get("corruption") for r in data["ood"].records} if "ood" in data else {}
     return result_record(name, tier, config.model_dump(), metrics | more, cost, per_clip=kept | further, galleries=groups | _alone(further, groups), curve=curve,
-                         audit=seeds[0]["audit"], examples=examples, corruptions=damage, spectra=first.get("spectra", {}), gates=first.get("gates", {}))
+                         audit=seeds[0]["audit"], examples=examples, corruptions=damage, **{k: first.get(k) for k in ("gallery", "gates", "spectra")})
 
 # %% ../nbs/12a_runs.ipynb #9814b74b
 def side_by_side(work, items:list) -> list:

@@ -109,13 +109,18 @@ def load_checkpoint(path, model, optimizer, key:str) -> dict:
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
-# %% ../nbs/09_train.ipynb #e5825be1
+# %% ../nbs/09_train.ipynb #92212eeb
 def keep_signal_scale(model, clips:ClipSet):
     "Note the scale of the training clips' signals in the adapter's config, so that a saved adapter can be used alone."
     config = model.peft_config["default"]
     config.signal_mean, config.signal_std = (s.tolist() for s in signal_scale(clips))
 
-# %% ../nbs/09_train.ipynb #4ed4c7dd
+def _check_told(clips, captions, asked, config):
+    if len(captions) != len(clips): raise InputError("captions", f"{len(captions)} captions for {len(clips)} clips")
+    if config.tasks != ["caption"] and len(asked or ()) != len(clips):
+        raise InputError("tasks", f"{', '.join(config.tasks)}: nothing to ask of {len(clips) - len(asked or ())} clips", "give Trainer `asked_of` each record")
+
+# %% ../nbs/09_train.ipynb #c8ad18b9
 def _all_ids(tokenizer, captions, where:str) -> list[list[int]]:
     return [caption_ids(tokenizer, c, where) for c in ([captions] if isinstance(captions, str) else captions)]
 
@@ -128,9 +133,8 @@ class Trainer:
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None):
         self.model, self.tokenizer, self.config, self.seed, self.asked = model, tokenizer, config, seed, asked
         self.clips, self.captions = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
-        if len(self.captions) != len(clips): raise InputError("captions", f"{len(captions)} captions for {len(clips)} clips")
+        _check_told(clips, captions, asked, config)
         self.signals = gate_signals(clips, config.gate_signal, clips, seed)
-        if config.tasks != ["caption"] and not asked: raise InputError("tasks", f"{config.tasks}, but nothing to ask", "give Trainer `asked_of` each record")
         if gated_layers(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
         self.device, self.tokens = next(model.parameters()).device, tokens_per_frame(model.config)

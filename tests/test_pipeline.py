@@ -93,6 +93,7 @@ def test_a_run_makes_a_complete_record(tiny, monkeypatch, name, trained):
     assert set(record["corruptions"]) == set(record["galleries"]["ood"])
     assert (set(record["spectra"]) == {"vision", "fusion", "text"}) == trained
     assert not trained or len(record["gates"]["text"][0]) == 4 and len(record["gates"]["signals"][0][0]) == 9
+    assert [len(row) for row in record["gallery"]] == [8]*8
 
 
 def test_committed_results_carry_their_provenance():

@@ -162,7 +162,7 @@ def test_a_run_of_many_tasks_sees_the_same_clips_and_learns(training, short, cor
     assert losses[0] == losses[1] and sum(losses[0][-5:]) < .7*sum(losses[0][:5])
     answers, prompts = trainer.told(0, range(16))
     assert len(set(prompts)) > 4 and "" in prompts and len(answers) == 16
-    with pytest.raises(InputError, match="nothing to ask"): Trainer(model, tokenizer, clips, captions, config)
+    with pytest.raises(InputError, match="tasks: caption, languages.*nothing to ask of 16 clips"): Trainer(model, tokenizer, clips, captions, config)
 
 
 def test_prompts_of_different_lengths_in_a_batch_score_as_each_does_alone(training, corpus):
