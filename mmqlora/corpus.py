@@ -27,6 +27,7 @@ class Instruction(Strict):
     prompt: str
     answer: str
 
+# %% ../nbs/02_corpus.ipynb #2a768c4b
 class ClipRecord(Strict):
     "A span of a video and what is said about it. Times are in seconds."
     id: str = Field(min_length=1)

@@ -279,7 +279,7 @@ FORMATS = {
                         "www.di.ens.fr/willow/research/howto100m"),
 }
 
-# %% ../nbs/03a_importers.ipynb #1d42dbee
+# %% ../nbs/03a_importers.ipynb #1bcefd0f
 def _held_out(records:list[ClipRecord], share:float) -> list[ClipRecord]:
     "Of a corpus without a test split, all clips of a `share` of its training videos (at least one, by a hash of their names) become test."
     videos = sorted({r.video for r in records if r.split == "train"}, key=content_hash)
@@ -327,6 +327,7 @@ def _usable(entries, videos:Path, out:Path, min_seconds:float, label:str) -> tup
         clamped += cut
     return records, problems, clamped
 
+# %% ../nbs/03a_importers.ipynb #98c8f2eb
 def import_corpus(
     name:str,              # Key of FORMATS
     annotations,           # Files, or folders that hold them

@@ -112,6 +112,7 @@ def _score_all(model, tokenizer, clips:ClipSet, captions:list[list[int]], signal
     loss = F.cross_entropy(logits.transpose(1, 2), ids, ignore_index=-100, reduction="none").sum(1)
     return -(loss/(ids >= 0).sum(1)).view(len(clips), g)
 
+# %% ../nbs/10_predict.ipynb #686a2f37
 PAIRS = 4096                                                                             # Clips times captions of a gallery that are scored in one call
 
 @torch.no_grad()

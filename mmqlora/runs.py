@@ -36,11 +36,10 @@ from .scenes import TRANSIENT, slots_of
 from .tasks import asked_of
 from .train import Trainer, build, fit, gate_signals
 
-# %% ../nbs/12a_runs.ipynb #9b304a2d
+# %% ../nbs/12a_runs.ipynb #f5f5a848
 def groups_of(records:list[ClipRecord]) -> list[str]:
-    "What intervals resample: galleries where every clip is in one of several, else videos."
-    galleries = [r.gallery for r in records]
-    return galleries if None not in galleries and len(set(galleries)) > 1 else [r.video for r in records]
+    "What intervals resample: galleries of clips that were made to be alike (they have a script), else videos."
+    return [r.gallery if r.gallery and "events" in r.truth else r.video for r in records]
 
 # %% ../nbs/12a_runs.ipynb #5da79f21
 @dataclass
@@ -64,7 +63,7 @@ class SplitData:
     @property
     def groups(self) -> list[str]: return groups_of(self.records) if self.records else self.galleries
 
-# %% ../nbs/12a_runs.ipynb #e33e9ed3
+# %% ../nbs/12a_runs.ipynb #8d6fd13e
 def split_records(params:Params, split:str, frames="artifacts/frames") -> list[ClipRecord]:
     "Records of a split under the active profile, without those that the stage `frames` had to leave out."
     records = of_split(read_records(repo_path(params.corpus.root)), split, active_profile(params).clips[split])
@@ -101,7 +100,7 @@ def answer_scores(written:list[str], answers:list[str]) -> tuple[dict, dict]:
     "(per-clip scores, none of the whole set) of answers to a question each; vqa: equal as the VQA evaluation compares them."
     return {"exact": exact_match(written, answers), "vqa": vqa_accuracy(written, [[a] for a in answers])}, {}
 
-# %% ../nbs/12a_runs.ipynb #a662937c
+# %% ../nbs/12a_runs.ipynb #cbea3c7b
 def gallery_ranks(model, tokenizer, data:SplitData, signals) -> dict:
     "rank_v2t and rank_t2v, (N,): of the true caption of each clip in its gallery, and of the clip; {} without galleries."
     sizes, galleries = Counter(data.galleries), np.array(data.galleries, object)

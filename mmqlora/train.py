@@ -124,7 +124,7 @@ def _check_told(clips, captions, asked, config):
     if config.tasks != ["caption"] and len(asked or ()) != len(clips):
         raise InputError("tasks", f"{', '.join(config.tasks)}: nothing to ask of {len(clips) - len(asked or ())} clips", "give Trainer `asked_of` each record")
 
-# %% ../nbs/09_train.ipynb #4ed4c7dd
+# %% ../nbs/09_train.ipynb #c8ad18b9
 def _all_ids(tokenizer, captions, where:str) -> list[list[int]]:
     return [caption_ids(tokenizer, c, where) for c in ([captions] if isinstance(captions, str) else captions)]
 
