@@ -152,6 +152,7 @@ WAYS = {  # way -> (levers, options, checkpointing, logits at labels)
     "ours_small": (tuple(LEVERS), {"head": "host", "offload": True}, True, False),
     "ours_least": (tuple(LEVERS), {"head": "stream", "offload": True}, True, False),
     "ours_keep": (tuple(LEVERS), {"head": "host", "offload": True, "keep_attention": True}, True, False),
+    "ours_graphs": (tuple(LEVERS), {"graphs": True}, True, False),
     "ours_nf4head": (tuple(LEVERS), {"head": "nf4"}, True, False),
 }
 

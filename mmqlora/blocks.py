@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['STANDARD', 'dense', 'Lin', 'lin_forward', 'lora_backward', 'lin_backward', 'fused', 'rms_norm', 'rms_norm_grad',
            'swiglu', 'swiglu_grad', 'rope', 'Spans', 'spans_of', 'attend', 'attend_grad', 'Stash', 'Offload', 'Plan',
-           'Half', 'Gates', 'gates_of', 'Gradients', 'Mlp', 'MlpFunction', 'Attention', 'AttentionFunction',
+           'Half', 'Gates', 'gates_of', 'Gradients', 'Mlp', 'Attention', 'HalfFunction', 'Graph', 'recorded',
            'NormFunction', 'Unfit', 'read_linear', 'read_norm', 'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
 
 # %% ../nbs/09b_blocks.ipynb #ecb8204b
@@ -242,6 +242,15 @@ class Plan:
     state: object = None                  # The `FrameState` of temporal gates
     gated: list = field(default_factory=list)             # The halves of layers that have such gates
     gates: object = None                  # `Gates` of the present batch
+    record: bool = False                  # Launch each half as a CUDA graph
+    graphs: dict = field(default_factory=dict)
+    buffers: dict = field(default_factory=dict)           # shape -> what the graphs of that shape read and write
+    pool: object = None                   # The memory they share
+
+    def begin(self):
+        "A new forward pass: nothing is kept yet, and the buffers of graphs hold the positions of another one."
+        self.stash.begin()
+        for _, now in self.buffers.values(): now[0] = None
 
     def parts(self, n:int, width:int, size:int) -> list[slice]:
         "Rows 0..n in equal parts of which an activation of this width has at most `rows` bytes."
@@ -348,36 +357,34 @@ def _down_grad(d, g, u, lin:Lin, w=None, gate=None, product=None) -> tuple:
     return dg, du, ((yb.t() @ a).mul_(lin.scale), (d.t() @ xa).mul_(lin.scale))
 
 # %% ../nbs/09b_blocks.ipynb #3e704c7a
-class MlpFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, half:Mlp, gates:Gates, table, *adapters):
-        ctx.half, ctx.gates, ctx.slot = half, gates, half.plan.stash.put(h)
-        w = [dense(lin.weight, h.dtype) for lin in half.lins]
-        out = torch.empty_like(h)
-        for part in half.plan.parts(len(h), w[0].shape[0], h.element_size()):
-            n, by = rms_norm(h[part], half.norm, half.eps), gates.of(half, part)
-            a = swiglu(*(lin_forward(n, half.lins[i], w[i], by[i]) for i in (0, 1)))
-            torch.add(h[part], lin_forward(a, half.lins[2], w[2], by[2]), out=out[part])
-        return out
+def _mlp(half:Mlp, h, cos, sin, spans, gates:Gates) -> tuple:
+    "(output, nothing kept). h (N, C)."
+    w = [dense(lin.weight, h.dtype) for lin in half.lins]
+    out = torch.empty_like(h)
+    for part in half.plan.parts(len(h), w[0].shape[0], h.element_size()):
+        n, by = rms_norm(h[part], half.norm, half.eps), gates.of(half, part)
+        a = swiglu(*(lin_forward(n, half.lins[i], w[i], by[i]) for i in (0, 1)))
+        torch.add(h[part], lin_forward(a, half.lins[2], w[2], by[2]), out=out[part])
+    return out, None
 
-    @staticmethod
-    def backward(ctx, dout):
-        half, gates, h = ctx.half, ctx.gates, ctx.half.plan.stash.get(ctx.slot)
-        (gate, up, down), sums, dh = half.lins, Gradients(half, gates), torch.empty_like(h)
-        parts = half.plan.parts(len(h), gate.rows, h.element_size())
-        w = [dense(gate.weight, h.dtype), dense(up.weight, h.dtype), dense(down.weight, h.dtype) if len(parts) > 1 else None]
-        for part in parts:
-            d, n, by, products = dout[part], rms_norm(h[part], half.norm, half.eps), gates.of(half, part), sums.products(h[part])
-            g, u = lin_forward(n, gate, w[0], by[0]), lin_forward(n, up, w[1], by[1])
-            dg, du, grads = _down_grad(d, g, u, down, w[2], by[2], products[2])
-            sums.add(2, *grads); del g, u
-            dn, *grads = lin_backward(dg, n, gate, w[0], None, by[0], products[0])
-            sums.add(0, *grads)
-            dn, *grads = lin_backward(du, n, up, w[1], dn, by[1], products[1])
-            sums.add(1, *grads)
-            sums.add_table(part)
-            dh[part] = rms_norm_grad(dn, h[part], half.norm, half.eps, d)
-        return dh, None, None, *sums.all()
+def _mlp_grad(half:Mlp, dout, h, cos, sin, spans, gates:Gates, kept) -> tuple:
+    "Gradients of h, and of what `Gradients.all` lists."
+    (gate, up, down), sums, dh = half.lins, Gradients(half, gates), torch.empty_like(h)
+    parts = half.plan.parts(len(h), gate.rows, h.element_size())
+    w = [dense(gate.weight, h.dtype), dense(up.weight, h.dtype), dense(down.weight, h.dtype) if len(parts) > 1 else None]
+    for part in parts:
+        d, n, by, products = dout[part], rms_norm(h[part], half.norm, half.eps), gates.of(half, part), sums.products(h[part])
+        g, u = lin_forward(n, gate, w[0], by[0]), lin_forward(n, up, w[1], by[1])
+        dg, du, grads = _down_grad(d, g, u, down, w[2], by[2], products[2])
+        sums.add(2, *grads); del g, u
+        dn, *grads = lin_backward(dg, n, gate, w[0], None, by[0], products[0])
+        sums.add(0, *grads)
+        dn, *grads = lin_backward(du, n, up, w[1], dn, by[1], products[1])
+        sums.add(1, *grads); sums.add_table(part)
+        dh[part] = rms_norm_grad(dn, h[part], half.norm, half.eps, d)
+    return dh, *sums.all()
+
+Mlp.run, Mlp.back = _mlp, _mlp_grad
 
 # %% ../nbs/09b_blocks.ipynb #e47d5300
 @dataclass(eq=False)
@@ -393,36 +400,108 @@ class Attention(Half):
         return n, *rope(q, k, cos, sin), v
 
 # %% ../nbs/09b_blocks.ipynb #fc1bb05e
-class AttentionFunction(torch.autograd.Function):
+def _attention(half:Attention, h, cos, sin, spans:Spans, gates:Gates) -> tuple:
+    "(output, what is kept of the attention)."
+    by = gates.of(half)
+    _, q, k, v = half.project(h, cos, sin, by)
+    out, rest = attend(q, k, v, spans, half.scale)
+    return lin_forward(out.flatten(1), half.lins[3], None, by[3]).add_(h), (out, rest) if half.plan.keep_attention else None
+
+def _attention_grad(half:Attention, dout, h, cos, sin, spans:Spans, gates:Gates, kept) -> tuple:
+    "Gradients of h, and of what `Gradients.all` lists."
+    sums, by = Gradients(half, gates), gates.of(half)
+    products = sums.products(h)
+    w = [dense(lin.weight, h.dtype) for lin in half.lins[:3]]
+    n, q, k, v = half.project(h, cos, sin, by, w)
+    out, rest = kept or attend(q, k, v, spans, half.scale)
+    do, *grads = lin_backward(dout, out.flatten(1), half.lins[3], None, None, by[3], products[3])
+    sums.add(3, *grads)
+    dq, dk, dv = attend_grad(do.view_as(out), q, k, v, out, rest, spans, half.scale)
+    del q, k, v, out, do
+    dq, dk = rope(dq, dk, cos, -sin)
+    dn = None
+    for i, d in enumerate((dq, dk, dv)):
+        dn, *grads = lin_backward(d.flatten(1), n, half.lins[i], w[i], dn, by[i], products[i])
+        sums.add(i, *grads)
+    sums.add_table()
+    return rms_norm_grad(dn, h, half.norm, half.eps, dout), *sums.all()
+
+Attention.run, Attention.back = _attention, _attention_grad
+
+# %% ../nbs/09b_blocks.ipynb #67c9bb1e
+class HalfFunction(torch.autograd.Function):
+    "Half a layer that keeps its input only. `table`: of its gates; `adapters`: A and B of each linear."
     @staticmethod
-    def forward(ctx, h, half:Attention, cos, sin, gates:Gates, table, *adapters):
-        ctx.half, ctx.gates, ctx.spans, ctx.slot = half, gates, half.plan.spans, half.plan.stash.put(h)
+    def forward(ctx, h, half:Half, cos, sin, gates:Gates, table, *adapters):
+        plan = half.plan
+        ctx.half, ctx.gates, ctx.spans, ctx.slot = half, gates, plan.spans, plan.stash.put(h)
         ctx.save_for_backward(cos, sin)
-        by = gates.of(half)
-        _, q, k, v = half.project(h.detach(), cos, sin, by)
-        out, rest = attend(q, k, v, ctx.spans, half.scale)
-        ctx.kept = (out, rest) if half.plan.keep_attention else None
-        return lin_forward(out.flatten(1), half.lins[3], None, by[3]).add_(h)
+        ctx.graph = recorded(half, h, cos, sin) if plan.record and gates.index is None and h.is_cuda else None
+        if ctx.graph: return ctx.graph.run(h, cos, sin)
+        out, ctx.kept = half.run(h.detach(), cos, sin, plan.spans, gates)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        half, h, (cos, sin) = ctx.half, ctx.half.plan.stash.get(ctx.slot), ctx.saved_tensors
-        sums, by = Gradients(half, ctx.gates), ctx.gates.of(half)
-        products = sums.products(h)
-        w = [dense(lin.weight, h.dtype) for lin in half.lins[:3]]
-        n, q, k, v = half.project(h, cos, sin, by, w)
-        out, rest = ctx.kept or attend(q, k, v, ctx.spans, half.scale)
-        do, *grads = lin_backward(dout, out.flatten(1), half.lins[3], None, None, by[3], products[3])
-        sums.add(3, *grads)
-        dq, dk, dv = attend_grad(do.view_as(out), q, k, v, out, rest, ctx.spans, half.scale)
-        del q, k, v, out, do
-        dq, dk = rope(dq, dk, cos, -sin)
-        dn = None
-        for i, d in enumerate((dq, dk, dv)):
-            dn, *grads = lin_backward(d.flatten(1), n, half.lins[i], w[i], dn, by[i], products[i])
-            sums.add(i, *grads)
-        sums.add_table()
-        return rms_norm_grad(dn, h, half.norm, half.eps, dout), None, None, None, None, *sums.all()
+        h, (cos, sin) = ctx.half.plan.stash.get(ctx.slot), ctx.saved_tensors
+        if ctx.graph: dh, *grads = ctx.graph.back(dout, h, cos, sin)
+        else: dh, *grads = ctx.half.back(dout, h, cos, sin, ctx.spans, ctx.gates, ctx.kept)
+        return dh, None, None, None, None, *grads
+
+# %% ../nbs/09b_blocks.ipynb #b70fc022
+class Graph:
+    "The forward and the backward pass of half a layer as CUDA graphs, for one shape."
+    def __init__(self, half:Half, h, cos, sin):
+        plan, self.half = half.plan, half
+        key = tuple(h.shape)
+        if key not in plan.buffers: plan.buffers[key] = [torch.empty_like(t) for t in (h, h, h, cos, sin)], [None]
+        (self.out, self.dout, self.h, self.cos, self.sin), self.now = plan.buffers[key]
+        spans, empty = plan.spans, Gates(None, None, None, {})
+        def forward(): self.out.copy_(half.run(self.h, self.cos, self.sin, spans, empty)[0])
+        def backward():
+            dh, *grads = half.back(self.dout, self.h, self.cos, self.sin, spans, empty, None)
+            self.out.copy_(dh)
+            return grads
+        self.load(self.h, h, cos, sin); self.dout.copy_(h)
+        self.forward, _ = _capture(plan, forward)
+        self.backward, self.grads = _capture(plan, backward)
+
+    def load(self, to, tensor, cos, sin):
+        if to.data_ptr() != tensor.data_ptr(): to.copy_(tensor)
+        if self.now[0] != cos.data_ptr(): self.cos.copy_(cos); self.sin.copy_(sin); self.now[0] = cos.data_ptr()
+
+    def run(self, h, cos, sin):
+        self.load(self.h, h, cos, sin); self.forward.replay()
+        return self.out.clone()
+
+    def back(self, dout, h, cos, sin):
+        self.load(self.h, h, cos, sin); self.dout.copy_(dout); self.backward.replay()
+        return self.out.clone(), *self.grads
+
+# %% ../nbs/09b_blocks.ipynb #12dd243a
+def _capture(plan:Plan, work) -> tuple:
+    "Record `work()`, after two runs of it on another stream: (graph, result)."
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2): work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    plan.pool = plan.pool or torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(side):                                      # `torch.cuda.graph` would empty the allocator's cache each time
+        graph.capture_begin(plan.pool, capture_error_mode="thread_local")
+        try: result = work()
+        finally: graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph, result
+
+def recorded(half:Half, h, cos, sin) -> Graph | None:
+    "The graph of half a layer for inputs like these; None for a batch with a mask."
+    spans = half.plan.spans
+    if spans.mask is not None: return None
+    key = half, tuple(h.shape), spans.lengths
+    if key not in half.plan.graphs: half.plan.graphs[key] = Graph(half, h, cos, sin)
+    return half.plan.graphs[key]
 
 # %% ../nbs/09b_blocks.ipynb #1d6a93f5
 class NormFunction(torch.autograd.Function):
@@ -489,10 +568,10 @@ def run_layer(halves, h, cos, sin) -> torch.Tensor:
     "h (B, L, C) through attention and MLP; cos, sin (B or 1, L, d)."
     b, length, width = h.shape
     cos, sin = (t.to(h.dtype).expand(b, length, -1).reshape(b*length, -1) for t in (cos, sin))
-    attention, mlp = halves
-    gates = gates_of(attention.plan, h.dtype)
-    flat = AttentionFunction.apply(h.reshape(b*length, width), attention, cos, sin, gates, gates.tables.get(attention), *_adapters(attention))
-    return MlpFunction.apply(flat, mlp, gates, gates.tables.get(mlp), *_adapters(mlp)).view(b, length, width)
+    gates = gates_of(halves[0].plan, h.dtype)
+    flat = h.reshape(b*length, width)
+    for half in halves: flat = HalfFunction.apply(flat, half, cos, sin, gates, gates.tables.get(half), *_adapters(half))
+    return flat.view(b, length, width)
 
 def _spans(plan:Plan, h, mask) -> Spans:
     "Spans of this batch, made once per step."
