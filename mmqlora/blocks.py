@@ -305,7 +305,7 @@ class Gates:
     def add(self, half, rows, part=None):
         "Sum what the backward pass left in the gates of a half, by unit."
         if self.index is None or not half.learned: return
-        if self.sums is None: self.sums = self.onehot.new_zeros(self.table.shape)
+        if self.sums is None: self.sums = torch.zeros_like(self.table, dtype=self.onehot.dtype)
         to, onehot = self.sums[:, half.first:half.first + rows.shape[1]], self.onehot if part is None else self.onehot[:, part]
         to.addmm_(onehot, rows)
 
