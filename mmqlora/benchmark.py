@@ -152,9 +152,11 @@ WAYS = {  # way -> (levers, options, checkpointing, logits at labels)
     "ours_small": (tuple(LEVERS), {"head": "host", "offload": True}, True, False),
     "ours_least": (tuple(LEVERS), {"head": "stream", "offload": True}, True, False),
     "ours_keep": (tuple(LEVERS), {"head": "host", "offload": True, "keep_attention": True}, True, False),
+    "ours_graphs": (tuple(LEVERS), {"graphs": True}, True, False),
     "ours_nf4head": (tuple(LEVERS), {"head": "nf4"}, True, False),
 }
 
+# %% ../nbs/12c_benchmark.ipynb #461d0f14
 def set_up(model, way:str, **more):
     "(loss of a batch, optimizer) for a way to step; `more` goes to `low_memory`."
     levers, options, checkpointing, at_labels = WAYS[way]

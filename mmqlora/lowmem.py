@@ -390,7 +390,7 @@ def blocks(model, plan:Plan) -> str:
             other, why = other + 1, why | {str(reason)}
     if fused:
         _fuse_last_norm(model)
-        patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.stash.begin() or stock(*args, **kwargs))
+        patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.begin() or stock(*args, **kwargs))
     return f"{fused} layers as blocks" + (f", {other} checkpointed ({', '.join(sorted(why))})" if other else "")
 
 # %% ../nbs/09c_lowmem.ipynb #f3677e75
@@ -453,13 +453,14 @@ def low_memory(
     keep_attention:bool=False,   # Keep attention outputs instead of computing them again
     block:int|None=None,         # Words of the vocabulary at a time (default: 16384 on a GPU, all on a CPU)
     mlp_bytes:int=100_000_000,   # Longest activation of an MLP; more tokens go through it in parts
+    graphs:bool=False,           # Launch blocks as CUDA graphs: for batches of few shapes
 )->Report:                       # Printable
     "Make the training step of `model` smaller and faster, in place; evaluation is as before. Raises `InputError` for an unknown lever."
     if unknown := set(levers) - set(LEVERS): raise InputError("levers", f"unknown: {', '.join(sorted(unknown))}", f"choose from: {', '.join(LEVERS)}")
     if head not in ("keep", "host", "stream", "nf4"): raise InputError("head", f"unknown: '{head}'", "choose from: keep, host, stream, nf4")
     if hasattr(model, "_mmqlora"): raise InputError("low_memory", "was applied to this model before")
     cuda = any(p.is_cuda or p.is_meta for p in model.parameters())
-    plan = Plan(Offload() if offload and cuda else Plan().stash, mlp_bytes, keep_attention)
+    plan = Plan(Offload() if offload and cuda else Plan().stash, mlp_bytes, keep_attention, record=graphs)
     options = dict(head=head, embeddings=("host" if cuda else "keep") if embeddings == "auto" else embeddings, plan=plan,
                    block=block or (16384 if cuda or head in ("host", "stream") else None))
     model._mmqlora = report = Report(plan=plan)

@@ -2,21 +2,21 @@
 
 # %% auto #0
 __all__ = ['SMALL_ONE', 'ALL_KINDS', 'EVERY', 'METHODS', 'method_model', 'one_clip', 'seen', 'method_cell', 'alternate',
-           'gates_cell', 'repeated', 'caption_rate', 'captions_cell', 'overhead_cells']
+           'gates_cell', 'repeated', 'caption_rate', 'captions_cell', 'overhead_cells', 'lease']
 
-# %% ../nbs/12ca_overhead.ipynb #3950ba47
+# %% ../nbs/12ca_overhead.ipynb #36bf6dea
 import gc, time
 from statistics import median
 
 import torch
 
 from .adapters import _unpacked, adapt
-from .benchmark import KINDS, _dtype, _memory, _sync, build_base, clean, make_batch, measure, set_up, stepper
+from .benchmark import BIG, KINDS, _dtype, _memory, _sync, build_base, clean, efficiency, make_batch, measure, set_up, stepper
 from .lifecycle import merge
 from .ranks import adapter_bytes, trainable
 from .temporal import set_frame_signals
 
-# %% ../nbs/12ca_overhead.ipynb #6bdddd8a
+# %% ../nbs/12ca_overhead.ipynb #0c4782be
 def method_model(name:str, method:str, device:str, small:bool=False, rank:int=16, gate:str="none"):
     "An architecture in 4 bits with one method on its language model; matrices that start at zero get small numbers."
     model = adapt(build_base(name, device, _dtype(device), small), method, {"text": rank}, gate=gate)
@@ -49,7 +49,7 @@ def method_cell(cell:dict, device:str, small:bool) -> dict:
     clean(device)
     return measure(stepper(seen(model, loss), optimizer, batch), device) | size
 
-# %% ../nbs/12ca_overhead.ipynb #8df13b4d
+# %% ../nbs/12ca_overhead.ipynb #4b60b149
 def alternate(steps:dict, device:str, rounds:int) -> dict:
     "name -> (milliseconds per round, bytes that a step adds); `steps` take turns."
     times, added = {n: [] for n in steps}, {}
@@ -66,6 +66,7 @@ def alternate(steps:dict, device:str, rounds:int) -> dict:
     gc.enable()
     return {n: (times[n], added[n]) for n in steps}
 
+# %% ../nbs/12ca_overhead.ipynb #e9dafe0f
 def gates_cell(cell:dict, device:str, small:bool) -> dict:
     "Step time and peak of each kind of gate over those of plain QLoRA, in one process."
     steps, held = {}, {}
@@ -84,7 +85,7 @@ def gates_cell(cell:dict, device:str, small:bool) -> dict:
                          time_ratio=round(median(t/p for t, p in zip(times, plain)), 4), memory_ratio=round((held[gate] + added)/at_least, 4) if at_least else None)
     return dict(steps=out)
 
-# %% ../nbs/12ca_overhead.ipynb #540a94c6
+# %% ../nbs/12ca_overhead.ipynb #5bd69591
 def repeated(batch:dict, n:int) -> dict:
     "The clip of a batch `n` times (families that pack their patches)."
     packs = ("pixel", "grid", "merge_sizes", "compression_mask")
@@ -115,10 +116,10 @@ def captions_cell(cell:dict, device:str, small:bool) -> dict:
         return model.generate(**batch, **options)
     with torch.no_grad(): return caption_rate(generate, clips, device) | dict(merge_error=error, tokens=batch["input_ids"].shape[1])
 
-# %% ../nbs/12ca_overhead.ipynb #ad68a84d
+# %% ../nbs/12ca_overhead.ipynb #c5e70c7f
 SMALL_ONE = "qwen2-vl-2b"
 ALL_KINDS = KINDS | {"method": method_cell, "gates": gates_cell, "captions": captions_cell}
-EVERY = ["stock_labels", "tower", "windows", "adapters", "embeddings", "head_host", "label_loss", "blocks", "ours", "ours_small"]
+EVERY = ["tower", "windows", "adapters", "embeddings", "head_host", "label_loss", "blocks", "ours", "ours_small", "ours_graphs"]
 METHODS = [("frozen", "none"), ("qlora", "none"), ("qdora", "none"), ("bottleneck", "none"), ("prefix", "none"), ("ia3", "none"),
            *(("qlora", g) for g in ("scalar", "rank", "time", "gradient"))]
 
@@ -126,7 +127,18 @@ def overhead_cells() -> list[dict]:
     "All cells, most important first."
     gates = lambda way, rounds, *kinds: dict(kind="gates", model=SMALL_ONE, way=way, frames=32, gates=["none", *kinds], rounds=rounds)
     told = lambda model, adapter, frames, cache=True: dict(kind="captions", model=model, adapter=adapter, frames=frames, cache=cache, clips=8, words=20)
-    return [gates("ours", 12, "scalar", "rank", "time", "gradient"), gates("stock_labels", 6, "rank", "gradient"),
+    step = lambda model, way, frames, **more: dict(kind="step", model=model, way=way, frames=frames, **more)
+    return [gates("ours", 12, "scalar", "rank", "time", "gradient"), gates("stock_labels", 6, "rank", "gradient"), step(SMALL_ONE, "ours_graphs", 32),
             *(dict(kind="method", model=SMALL_ONE, method=m, way="stock_labels", frames=32, gate=g) for m, g in METHODS),
+            dict(kind="packed", model=BIG, way="ours_small", clips=[16, 48, 24, 32]), dict(kind="gradient", model=SMALL_ONE, frames=4, ways=EVERY),
+            step("idefics-9b", "stock_labels", 16), step("idefics-9b", "ours", 16),
             *(told(SMALL_ONE, a, 8) for a in ("qlora", "merged", "gated")), told(SMALL_ONE, "merged", 4), told(SMALL_ONE, "merged", 8, False),
-            *(told("qwen2.5-vl-7b", a, f) for a, f in (("qlora", 8), ("merged", 8), ("merged", 4)))]
+            *(told(BIG, a, f) for a, f in (("qlora", 8), ("merged", 8), ("merged", 4))), step(BIG, "ours_graphs", 32), step(BIG, "ours", 32),
+            dict(kind="profile", model=SMALL_ONE, way="ours", frames=32), step(SMALL_ONE, "ours", 32),
+            *(step(SMALL_ONE, "ours", f, rank=r) for f, r in ((16, 8), (48, 64), (96, 16))), step(SMALL_ONE, "ours_small", 96, rank=32),
+            step("video-llama3-7b", "ours", 16), step("video-llama3-7b", "ours_small", 64), step(BIG, "ours", 64), step(BIG, "ours_small", 256)]
+
+# %% ../nbs/12ca_overhead.ipynb #23e10a03
+def lease(out, limit_s:float=205., commit:str="") -> dict:
+    "Measure the list on the GPU at hand, in its order, until `limit_s` seconds have passed; `out` is written after every cell."
+    return efficiency(out, limit_s, todo=overhead_cells(), kinds=ALL_KINDS, commit=commit)

@@ -105,7 +105,7 @@ def compare(cells:dict, known=()) -> list[dict]:
     "Predictions for the measured cells of a benchmark record, next to what was measured; `known`: those made before."
     out = {row["cell"]: row for row in known}
     for name, cell in cells.items():
-        if cell["kind"] not in ("step", "count") or "error" in cell or cell.get("cached"): continue
+        if cell["kind"] not in ("step", "count") or "error" in cell or cell.get("cached") or cell["way"] == "ours_graphs": continue
         if name not in out:
             p = predict(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"]))
             out[name] = dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches)
