@@ -133,8 +133,7 @@ def _one_of(ids:list[list[int]], seed:int, step:int, clip:int) -> list[int]:
 
 # %% ../nbs/09_train.ipynb #04491b3b
 class Trainer:
-    """One model, one set of clips, one seed: `step(n)` is everything that happens in step n. A clip may have a list of captions.
-    At most `at_once` clips at a time (default: all, and fewer after an out-of-memory error)."""
+    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit)."
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None):
         self.model, self.tokenizer, self.config, self.seed, self.asked = model, tokenizer, config, seed, asked
         self.clips, self.captions = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
