@@ -28,7 +28,7 @@ def _batches(model, tokenizer, clips:ClipSet, captions, prompts, signals, batch_
     signals = standardized(model, clips.signal) if signals is None else signals
     for first in tqdm(range(0, len(clips), batch_size), desc=label, mininterval=5, leave=False, disable=not label):
         rows = slice(first, first + batch_size)
-        set_frame_signals(model, signals[rows])
+        set_frame_signals(model, signals[rows], None if clips.frames is None else clips.frames[rows])
         batch = collate(tokenizer, clips[rows], captions[rows], tokens, prompts and prompts[rows])
         yield {k: v.to(device) for k, v in batch.items()}
 
@@ -72,13 +72,15 @@ def _score_all(model, tokenizer, clips:ClipSet, captions:list[list[int]], signal
     """(B, G) log-likelihood per token of G captions (token ids) given each of B clips; the prompt of a clip is read once.
     The clips may be those of several galleries in a row, each with G captions of its own."""
     [batch] = _batches(model, tokenizer, clips, [[tokenizer.eos_token_id]]*len(clips), prompts, signals, len(clips), "")
-    prompt = model(input_ids=batch["input_ids"][:, :-1], pixel_values=batch["pixel_values"], use_cache=True, logits_to_keep=1)
+    mask = None if clips.frames is None else batch["attention_mask"][:, :-1]             # without it nothing is padded
+    prompt = model(input_ids=batch["input_ids"][:, :-1], attention_mask=mask, pixel_values=batch["pixel_values"], use_cache=True, logits_to_keep=1)
     cache, g = prompt.past_key_values, len(captions)//galleries
     cache.batch_repeat_interleave(g)
     ids = pad_sequence([torch.tensor(c) for c in captions], batch_first=True, padding_value=-100).to(prompt.logits.device)
     ids = ids.view(galleries, 1, g, -1).expand(-1, len(clips)//galleries, -1, -1).flatten(0, 2)       # (B * G, L)
     known = ids.clamp(min=0)[:, :-1]                                                     # padding comes last: nothing attends to it
-    rest = model(input_ids=known, past_key_values=cache).logits
+    if mask is not None: mask = torch.cat([mask.repeat_interleave(g, 0), torch.ones_like(known)], 1)
+    rest = model(input_ids=known, attention_mask=mask, past_key_values=cache).logits
     logits = torch.cat([prompt.logits.repeat_interleave(g, 0), rest], 1).float()
     loss = F.cross_entropy(logits.transpose(1, 2), ids, ignore_index=-100, reduction="none").sum(1)
     return -(loss/(ids >= 0).sum(1)).view(len(clips), g)

@@ -34,6 +34,9 @@ from .temporal import gated_layers, set_frame_signals
 # %% ../nbs/09_train.ipynb #60d49cf7
 def signal_scale(clips:ClipSet) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and standard deviation (C,) of the frame signals of clips."
+    if clips.frames is not None:
+        real = clips.signal[torch.arange(clips.signal.shape[1]) < clips.frames[:, None]]
+        return real.mean(0), real.std(0).clamp(min=1e-6)
     return clips.signal.mean((0, 1)), clips.signal.std((0, 1)).clamp(min=1e-6)
 
 def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:str="train") -> torch.Tensor:
@@ -44,6 +47,7 @@ def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:s
     if kind == "motion": return signal
     if kind == "constant": return torch.zeros_like(signal)
     if kind == "random": return torch.from_numpy(rng.standard_normal(tuple(signal.shape)).astype(np.float32))
+    if kind == "shuffled" and clips.frames is not None: raise InputError("gate_signal", "shuffled needs clips of equally many frames", "another selector than adaptive")
     if kind != "shuffled": raise InputError("gate_signal", f"unknown: '{kind}'", "choose from: motion, constant, shuffled, random")
     order = torch.from_numpy(rng.random(tuple(signal.shape[:2])).argsort(1))
     return signal.gather(1, order[..., None].expand_as(signal))
@@ -150,7 +154,7 @@ class Trainer:
         rows = rows_of_step(n, self.config.batch_size, len(self.clips), self.seed)
         answers, prompts = self.told(n, rows)
         batch = collate(self.tokenizer, self.clips[rows], answers, self.tokens, prompts)
-        set_frame_signals(self.model, self.signals[rows])
+        set_frame_signals(self.model, self.signals[rows], None if self.clips.frames is None else self.clips.frames[rows])
         for group in self.optimizer.param_groups: group["lr"] = group["peak"]*rate_at(n, self.config.steps, self.config.warmup)
         loss = caption_loss(self.model, {k: v.to(self.device) for k, v in batch.items()})
         self.optimizer.zero_grad()
