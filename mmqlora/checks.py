@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'task_scores', 'retention_scores', 'disordered', 'disorder_scores', 'check_scores', 'first_gallery',
            'checked']
 
-# %% ../nbs/11d_checks.ipynb #cea36141
+# %% ../nbs/11d_checks.ipynb #cc6b7ec7
 from dataclasses import replace
 
 import numpy as np
@@ -18,16 +18,20 @@ from .core import InputError, rng_for
 from .grammar import TRANSIENT, slots_of
 from .insight import gate_map, spectra
 from .metrics import exact_match, slot_scores
-from .predict import score_captions, score_galleries, write_answers
+from .predict import score_captions, score_galleries, write_answers, write_rounds
 from .retention import as_images, base_clips
 from .tasks import rounds_of
 
-# %% ../nbs/11d_checks.ipynb #8da5267b
-def _answered(model, tokenizer, clips:ClipSet, signals, asks) -> tuple[list[int], list[str], list[str]]:
-    "Which clips, what the model answers, what is right."
-    rows, prompts, answers = map(list, zip(*asks))
-    at, longest = torch.tensor(rows), max(len(caption_ids(tokenizer, a)) for a in answers)      # what is longer is wrong, and need not be heard out
-    return rows, write_answers(model, tokenizer, clips[at], prompts, signals[at], max_new_tokens=longest), answers
+# %% ../nbs/11d_checks.ipynb #1671a5a5
+def _answered(model, tokenizer, clips:ClipSet, signals, rounds:list[list[tuple]]) -> list[tuple]:
+    "For each round of (clip, prompt, answer), at most one per clip: which clips, what the model answers, what is right."
+    posed = []
+    for asks in rounds:
+        prompts = {clip: prompt for clip, prompt, _ in asks}                # a clip without a prompt gets one that nobody looks at
+        longest = max(len(caption_ids(tokenizer, a)) for *_, a in asks)     # what is longer is wrong, and need not be heard out
+        posed.append(([prompts.get(i, asks[0][1]) for i in range(len(clips))], longest))
+    written = write_rounds(model, tokenizer, clips, posed, signals)
+    return [([i for i, *_ in asks], [told[i] for i, *_ in asks], [a for *_, a in asks]) for asks, told in zip(rounds, written)]
 
 def _scores(kind:str, written:list[str], answers:list[str]) -> dict:
     "name -> scores of the answers of a kind."
@@ -38,9 +42,8 @@ def _scores(kind:str, written:list[str], answers:list[str]) -> dict:
 
 def task_scores(model, tokenizer, clips:ClipSet, records:list, signals) -> dict[str, np.ndarray]:
     "name of a kind or a task -> (N,) share of right answers; nan for a clip that is not asked."
-    parts = {}
-    for (task, kind, _), asks in rounds_of(records).items():
-        rows, written, answers = _answered(model, tokenizer, clips, signals, asks)
+    parts, rounds = {}, rounds_of(records)
+    for (task, kind, _), (rows, written, answers) in zip(rounds, _answered(model, tokenizer, clips, signals, list(rounds.values()))):
         scores = _scores(kind, written, answers)
         if task != "sound": scores[task] = scores[kind]                    # what is heard has scores by kind only
         for name, values in scores.items():
@@ -48,7 +51,7 @@ def task_scores(model, tokenizer, clips:ClipSet, records:list, signals) -> dict[
             right[rows] += values; asked[rows] += 1
     return {name: np.where(asked > 0, right/np.maximum(asked, 1), np.nan) for name, (right, asked) in parts.items()}
 
-# %% ../nbs/11d_checks.ipynb #05a71e00
+# %% ../nbs/11d_checks.ipynb #3a15592d
 def retention_scores(model, tokenizer, n:int, k:int, size:int) -> dict[str, np.ndarray]:
     "base.exact, base.slots, base.loss, base.questions, image.color: (n,) each, on `n` clips of the base domain in `k` frames of `size` pixels."
     clips, records = base_clips(n, k, size)
@@ -56,7 +59,7 @@ def retention_scores(model, tokenizer, n:int, k:int, size:int) -> dict[str, np.n
     written = write_answers(model, tokenizer, clips, None, clips.signal)
     slots = slot_scores(*([slots_of(c) for c in said] for said in (written, captions)), set(TRANSIENT))["slots"]
     colors = [(i, q.question, q.answer) for i, r in enumerate(records) for q in r.questions if q.kind == "color"]
-    rows, said, right = _answered(model, tokenizer, as_images(clips), clips.signal, colors)
+    [(_, said, right)] = _answered(model, tokenizer, as_images(clips), clips.signal, [colors])
     return {"base.exact": exact_match(written, captions), "base.slots": slots, "base.loss": -score_captions(model, tokenizer, clips, captions, clips.signal).numpy(),
             "base.questions": task_scores(model, tokenizer, clips, records, clips.signal)["questions"], "image.color": exact_match(said, right)}
 
@@ -72,7 +75,7 @@ def disorder_scores(model, tokenizer, clips:ClipSet, captions:list[str], signals
     slots = slot_scores(*([slots_of(c) for c in said] for said in (written, captions)), set(TRANSIENT))
     return dict(exact_disordered=exact_match(written, captions), slots_disordered=slots["slots"])
 
-# %% ../nbs/11d_checks.ipynb #8fdf7c6d
+# %% ../nbs/11d_checks.ipynb #1972e45e
 SHOWN = 4                                                    # Clips whose gates are kept
 
 def _plain(values): return [_plain(v) if np.ndim(v) else None if np.isnan(v) else round(float(v), 4) for v in values]

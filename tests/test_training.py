@@ -11,7 +11,7 @@ from mmqlora.batch import ClipSet
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError, repo_path
 from mmqlora.model import linears, load_model
-from mmqlora.predict import score_captions, score_galleries, write_captions
+from mmqlora.predict import score_captions, score_galleries, write_answers, write_captions, write_rounds
 from mmqlora.quickstart import load
 from mmqlora.ranks import audit
 from mmqlora.tasks import asked_of
@@ -195,6 +195,8 @@ def test_clips_with_fewer_frames_in_a_batch_are_what_they_are_alone(training, sh
     assert written == [write_captions(model, tokenizer, *alone(i))[0] for i in range(4)]
     galleries = score_galleries(model, tokenizer, padded, captions, ["a"]*4, signals)
     assert torch.allclose(galleries[0].diagonal(), scores, atol=1e-4)
+    asked = ["what color is the disc ?", "in german", "summarize", "in german"]
+    assert write_rounds(model, tokenizer, padded, [(asked, 8)], signals)[0] == write_answers(model, tokenizer, padded, asked, signals, max_new_tokens=8)
 
 
 def test_a_run_on_an_adaptive_budget_trains_and_refuses_shuffled_signals(training, short):
@@ -204,3 +206,14 @@ def test_a_run_on_an_adaptive_budget_trains_and_refuses_shuffled_signals(trainin
     losses = fit(Trainer(model, tokenizer, padded, captions, short.model_copy(update=GATED)))["loss"]
     assert losses[-1] < losses[0]
     with pytest.raises(InputError, match="shuffled needs clips of equally many frames"): gate_signals(padded, "shuffled", padded)
+
+
+@pytest.mark.parametrize("gate", [{}, GATED], ids=["qlora", "gated"])
+def test_rounds_of_prompts_from_one_reading_are_answered_as_each_by_itself(training, short, corpus, gate):
+    clips, _ = training
+    model, trainer, _ = trained(training, short.model_copy(update={**gate, "steps": 3}))
+    found = asked(corpus)
+    rounds = [([f["questions"][i % 4][1] for i, f in enumerate(found)], 6), (["in german"]*16, 18), ([f["instructions"][0][1] for f in found], 3)]
+    together = write_rounds(model, trainer.tokenizer, clips, rounds, trainer.signals, batch_size=10)
+    alone = [write_answers(model, trainer.tokenizer, clips, prompts, trainer.signals, max_new_tokens=n) for prompts, n in rounds]
+    assert together == alone and len(set(together[0])) > 3
