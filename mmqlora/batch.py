@@ -57,6 +57,7 @@ class ClipSet:
     position: torch.Tensor      # (N, K) float32 in [0, 1): where in the clip a frame lies
     signal: torch.Tensor        # (N, K, C) float32: frame signals
     audio: torch.Tensor | None = None   # (N, K) int64 in [0, PITCHES): pitch class heard since the frame before; None: the model is deaf
+    frames: torch.Tensor | None = None  # (N,) int64: so many frames of a clip are real, the first ones; None: all K
 
     def __len__(self): return len(self.pixels)
     def __getitem__(self, i): return ClipSet(*(v if v is None else v[i] for v in vars(self).values()))
@@ -70,7 +71,7 @@ def load_clips(path, limit:int|None=None, audio:bool=False) -> ClipSet:
     if not Path(path).is_file(): raise InputError(path, "no such file", "`dvc repro frames` writes it")
     wanted = [d.name for d in fields(ClipSet) if audio or d.name != "audio"]
     try:
-        with safe_open(path, "pt") as f: return ClipSet(**{name: f.get_slice(name)[:limit] for name in wanted})
+        with safe_open(path, "pt") as f: return ClipSet(**{name: f.get_slice(name)[:limit] for name in wanted if name != "frames" or name in f.keys()})
     except Exception as err: raise InputError(path, f"not a clip set{' with audio'*audio} ({err})") from None
 
 # %% ../nbs/06_batch.ipynb #b5385798
@@ -87,17 +88,19 @@ def dominant_pitch(classes:torch.Tensor, index:torch.Tensor) -> torch.Tensor:
     return (heard.argmax(-1) + 1)*(heard.amax(-1) > 0)
 
 # %% ../nbs/06_batch.ipynb #1ac589fc
-def pixel_values(pixels:torch.Tensor) -> torch.Tensor:
-    "uint8 -> float32 in about [-1, 1], never exactly 0."
-    return pixels.float().contiguous().div_(127.5).sub_(1.003)
+def pixel_values(pixels:torch.Tensor, frames:torch.Tensor|None=None) -> torch.Tensor:
+    "uint8 -> float32 in about [-1, 1], never exactly 0, which is what the model skips: the frames beyond `frames` (B,), up to the longest clip."
+    if frames is not None: pixels = pixels[:, :int(frames.max())]
+    values = pixels.float().contiguous().div_(127.5).sub_(1.003)
+    return values if frames is None else values.masked_fill_((torch.arange(pixels.shape[1], device=pixels.device) >= frames[:, None])[..., None, None, None], 0.)
 
 def _pad_left(rows:list[torch.Tensor], pad:int) -> torch.Tensor:
     "Rows of ids of different lengths, aligned at their ends."
     longest = max(map(len, rows))
     return torch.stack([F.pad(row, (longest - len(row), 0), value=pad) for row in rows])
 
-def prompt_ids(tokenizer, position:torch.Tensor, tokens_per_frame:int, audio:torch.Tensor|None=None, prompts:list[str]|None=None) -> torch.Tensor:
-    "(B, K) positions -> (B, P) ids of what stands before the caption, padded on the left where `prompts` differ in length."
+def prompt_ids(tokenizer, position:torch.Tensor, tokens_per_frame:int, audio:torch.Tensor|None=None, prompts:list[str]|None=None, real=None) -> torch.Tensor:
+    "(B, K) positions -> (B, P) ids of what stands before the caption, padded on the left where `prompts` or `real` frames (B,) differ."
     b, k = position.shape
     ids, marks = tokenizer.convert_tokens_to_ids, 1 if audio is None else 2
     frames = torch.full((b, k, marks + tokens_per_frame), ids("<image>"))
@@ -107,7 +110,9 @@ def prompt_ids(tokenizer, position:torch.Tensor, tokens_per_frame:int, audio:tor
         frames[:, :, 1] = ids("<a00>") + audio
     column = torch.ones(b, 1, dtype=torch.long)
     seen, cap = torch.cat([column*tokenizer.bos_token_id, frames.flatten(1)], 1), column*ids("<cap>")
-    if prompts is None: return torch.cat([seen, cap], 1)
+    if prompts is None and real is None: return torch.cat([seen, cap], 1)
+    if real is not None: seen = [row[:1 + n*frames.shape[2]] for row, n in zip(seen, real.tolist())]
+    prompts = [""]*b if prompts is None else prompts
     if len(prompts) != b: raise InputError("prompts", f"{len(prompts)} prompts for {b} clips")
     asked = [torch.tensor(caption_ids(tokenizer, p, "prompt")[:-1], dtype=torch.long) for p in prompts]
     return _pad_left([torch.cat(parts) for parts in zip(seen, asked, cap)], tokenizer.pad_token_id)
@@ -115,10 +120,10 @@ def prompt_ids(tokenizer, position:torch.Tensor, tokens_per_frame:int, audio:tor
 # %% ../nbs/06_batch.ipynb #2ef74514
 def collate(tokenizer, clips:ClipSet, captions:list[list[int]], tokens_per_frame:int, prompts:list[str]|None=None) -> dict:
     "Prompt and caption ids (right-padded), labels (-100 outside the caption), pixels: the inputs of SmolVLM."
-    prompt = prompt_ids(tokenizer, clips.position, tokens_per_frame, clips.audio, prompts)
+    prompt = prompt_ids(tokenizer, clips.position, tokens_per_frame, clips.audio, prompts, clips.frames)
     longest = max(map(len, captions))
     caption = torch.tensor([c + [tokenizer.pad_token_id]*(longest - len(c)) for c in captions])
     real = caption != tokenizer.pad_token_id
-    return dict(input_ids=torch.cat([prompt, caption], 1), pixel_values=pixel_values(clips.pixels),
+    return dict(input_ids=torch.cat([prompt, caption], 1), pixel_values=pixel_values(clips.pixels, clips.frames),
                 attention_mask=torch.cat([(prompt != tokenizer.pad_token_id).long(), real.long()], 1),
                 labels=torch.cat([torch.full_like(prompt, -100), caption.masked_fill(~real, -100)], 1))

@@ -14,7 +14,7 @@ import torch
 
 from .batch import ClipSet, caption_ids
 from .config import RunConfig
-from .core import rng_for
+from .core import InputError, rng_for
 from .grammar import TRANSIENT, slots_of
 from .insight import gate_map, spectra
 from .metrics import exact_match, slot_scores
@@ -65,6 +65,7 @@ def retention_scores(model, tokenizer, n:int, k:int, size:int) -> dict[str, np.n
 
 def disordered(clips:ClipSet, seed:int=0) -> ClipSet:
     "The frames of each clip shuffled; their times stay where they were."
+    if clips.frames is not None: raise InputError("checks: disorder", "needs clips of equally many frames", "another selector than adaptive")
     order = torch.from_numpy(rng_for(seed, "disorder").random(clips.position.shape).argsort(1)).to(clips.pixels.device)
     return replace(clips, pixels=clips.pixels.gather(1, order[..., None, None, None].expand_as(clips.pixels)))
 

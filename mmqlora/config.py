@@ -20,7 +20,7 @@ from .core import InputError, repo_path
 
 # %% ../nbs/01_config.ipynb #11adeec9
 Split = Literal["train", "dev", "test", "ood"]
-Selector = Literal["uniform", "random", "motion", "entropy", "change", "sound", "scene", "mixture", "cover"]
+Selector = Literal["uniform", "random", "motion", "entropy", "change", "sound", "scene", "mixture", "cover", "adaptive"]
 Method = Literal["frozen", "full", "lora", "qlora", "dora", "qdora", "bottleneck", "prefix", "ia3"]
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 Allocation = Literal["uniform", "static", "entropy", "gradient", "eva", "prune", "joint"]

@@ -61,7 +61,7 @@ def uniform_ranks(records:dict) -> list[str]:
 # %% ../nbs/14_figures.ipynb #9152fb1d
 COLUMN, PAGE = 3.5, 7.16                              # inches: one column and two columns of IEEEtran
 PALETTE = sns.color_palette("colorblind")
-MARKERS = "osD^vPX*h"
+MARKERS = "osD^vPX*h<"
 LOOK = {**sns.axes_style("ticks"), "font.family": "DejaVu Sans", "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7.5,
         "ytick.labelsize": 7.5, "legend.fontsize": 7.5, "legend.frameon": False, "legend.handlelength": 1.4, "axes.linewidth": .6,
         "grid.linewidth": .5, "grid.color": ".9", "lines.linewidth": 1.2, "lines.markersize": 4, "xtick.major.width": .6, "ytick.major.width": .6,

@@ -28,7 +28,7 @@ def _batches(model, tokenizer, clips:ClipSet, captions, prompts, signals, batch_
     signals = standardized(model, clips.signal) if signals is None else signals
     for first in tqdm(range(0, len(clips), batch_size), desc=label, mininterval=5, leave=False, disable=not label):
         rows = slice(first, first + batch_size)
-        set_frame_signals(model, signals[rows])
+        set_frame_signals(model, signals[rows], None if clips.frames is None else clips.frames[rows])
         batch = collate(tokenizer, clips[rows], captions[rows], tokens, prompts and prompts[rows])
         yield {k: v.to(device) for k, v in batch.items()}
 
@@ -57,13 +57,13 @@ def write_captions(model, tokenizer, clips:ClipSet, signals=None, batch_size:int
     return write_answers(model, tokenizer, clips, None, signals, batch_size, max_new_tokens)
 
 # %% ../nbs/10_predict.ipynb #f2e76e62
-def _go_on(model, tokenizer, cache, prompts:list[str], longest:int) -> list[str]:
-    "Greedy answers of at most `longest` tokens to a prompt for each row of a cache that has read the frames; leaves the cache as it was."
+def _go_on(model, tokenizer, cache, before, prompts:list[str], longest:int) -> list[str]:
+    "Greedy answers of at most `longest` tokens to a prompt for each row of a cache that has read the frames (mask `before`); leaves the cache as it was."
     device, seen = next(model.parameters()).device, cache.get_seq_length()
     asked = [torch.tensor([*caption_ids(tokenizer, p, "prompt")[:-1], tokenizer.convert_tokens_to_ids("<cap>")]) for p in prompts]
     ids = pad_sequence(asked, True, tokenizer.pad_token_id, "left").to(device)
     real = pad_sequence([torch.ones_like(a) for a in asked], True, 0, "left").to(device)
-    mask, at = torch.cat([real.new_ones(len(ids), seen), real], 1), seen + (real.cumsum(1) - 1).clamp(min=0)
+    mask, at = torch.cat([before, real], 1), seen + (real.cumsum(1) - 1).clamp(min=0)
     told = ids.new_full((len(ids), 0), 0)
     for _ in range(longest):
         word = model(input_ids=ids, past_key_values=cache, attention_mask=mask, position_ids=at, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
@@ -80,9 +80,10 @@ def write_rounds(model, tokenizer, clips:ClipSet, rounds:list[tuple[list[str], i
     model.eval()
     written, size = [[] for _ in rounds], batch_size or clips_at_a_time(model)
     for n, batch in enumerate(_batches(model, tokenizer, clips, [[tokenizer.eos_token_id]]*len(clips), None, signals, size, "answers")):
-        read = model(input_ids=batch["input_ids"][:, :-2], pixel_values=batch["pixel_values"], use_cache=True, logits_to_keep=1)     # up to <cap>
+        before = batch["attention_mask"][:, :-2]
+        read = model(input_ids=batch["input_ids"][:, :-2], attention_mask=None if clips.frames is None else before, pixel_values=batch["pixel_values"], use_cache=True, logits_to_keep=1)     # up to <cap>
         for told, (prompts, longest) in zip(written, rounds):
-            told += _go_on(model, tokenizer, read.past_key_values, prompts[n*size:(n + 1)*size], longest)
+            told += _go_on(model, tokenizer, read.past_key_values, before, prompts[n*size:(n + 1)*size], longest)
     return [[" ".join(w.split()) for w in told] for told in written]
 
 # %% ../nbs/10_predict.ipynb #e2311d14
@@ -101,13 +102,15 @@ def _score_all(model, tokenizer, clips:ClipSet, captions:list[list[int]], signal
     """(B, G) log-likelihood per token of G captions (token ids) given each of B clips; the prompt of a clip is read once.
     The clips may be those of several galleries in a row, each with G captions of its own."""
     [batch] = _batches(model, tokenizer, clips, [[tokenizer.eos_token_id]]*len(clips), prompts, signals, len(clips), "")
-    prompt = model(input_ids=batch["input_ids"][:, :-1], pixel_values=batch["pixel_values"], use_cache=True, logits_to_keep=1)
+    mask = None if clips.frames is None else batch["attention_mask"][:, :-1]             # without it nothing is padded
+    prompt = model(input_ids=batch["input_ids"][:, :-1], attention_mask=mask, pixel_values=batch["pixel_values"], use_cache=True, logits_to_keep=1)
     cache, g = prompt.past_key_values, len(captions)//galleries
     cache.batch_repeat_interleave(g)
     ids = pad_sequence([torch.tensor(c) for c in captions], batch_first=True, padding_value=-100).to(prompt.logits.device)
     ids = ids.view(galleries, 1, g, -1).expand(-1, len(clips)//galleries, -1, -1).flatten(0, 2)       # (B * G, L)
     known = ids.clamp(min=0)[:, :-1]                                                     # padding comes last: nothing attends to it
-    rest = model(input_ids=known, past_key_values=cache).logits
+    if mask is not None: mask = torch.cat([mask.repeat_interleave(g, 0), torch.ones_like(known)], 1)
+    rest = model(input_ids=known, attention_mask=mask, past_key_values=cache).logits
     logits = torch.cat([prompt.logits.repeat_interleave(g, 0), rest], 1).float()
     loss = F.cross_entropy(logits.transpose(1, 2), ids, ignore_index=-100, reduction="none").sum(1)
     return -(loss/(ids >= 0).sum(1)).view(len(clips), g)

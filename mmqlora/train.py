@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['signal_scale', 'gate_signals', 'caption_loss', 'rows_of_step', 'rate_at', 'make_optimizer', 'trained_tensors',
-           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Trainer', 'fit', 'calibration_batches',
-           'chosen_ranks', 'chosen_sizes', 'build']
+           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Batches', 'Trainer', 'fit',
+           'calibration_batches', 'chosen_ranks', 'chosen_sizes', 'build']
 
 # %% ../nbs/09_train.ipynb #d6da6057
 import json, math, time
@@ -36,6 +36,9 @@ from .temporal import gated_layers, set_frame_signals
 # %% ../nbs/09_train.ipynb #60d49cf7
 def signal_scale(clips:ClipSet) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and standard deviation (C,) of the frame signals of clips."
+    if clips.frames is not None:
+        real = clips.signal[torch.arange(clips.signal.shape[1]) < clips.frames[:, None]]
+        return real.mean(0), real.std(0).clamp(min=1e-6)
     return clips.signal.mean((0, 1)), clips.signal.std((0, 1)).clamp(min=1e-6)
 
 def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:str="train") -> torch.Tensor:
@@ -46,6 +49,7 @@ def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:s
     if kind == "motion": return signal
     if kind == "constant": return torch.zeros_like(signal)
     if kind == "random": return torch.from_numpy(rng.standard_normal(tuple(signal.shape)).astype(np.float32))
+    if kind == "shuffled" and clips.frames is not None: raise InputError("gate_signal", "shuffled needs clips of equally many frames", "another selector than adaptive")
     if kind != "shuffled": raise InputError("gate_signal", f"unknown: '{kind}'", "choose from: motion, constant, shuffled, random")
     order = torch.from_numpy(rng.random(tuple(signal.shape[:2])).argsort(1))
     return signal.gather(1, order[..., None].expand_as(signal))
@@ -131,18 +135,15 @@ def _all_ids(tokenizer, captions, where:str) -> list[list[int]]:
 def _one_of(ids:list[list[int]], seed:int, step:int, clip:int) -> list[int]:
     return ids[0] if len(ids) == 1 else ids[int(rng_for(seed, "reference", step, clip).integers(len(ids)))]
 
-# %% ../nbs/09_train.ipynb #04491b3b
-class Trainer:
-    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit)."
-    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None):
-        self.model, self.tokenizer, self.config, self.seed, self.asked = model, tokenizer, config, seed, asked
+# %% ../nbs/09_train.ipynb #0305c6fb
+class Batches:
+    "Clips and what is to be said of them: `batch(n)` is what step n sees."
+    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None):
+        self.tokenizer, self.config, self.seed, self.asked = tokenizer, config, seed, asked
         self.clips, self.captions = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
         _check_told(clips, captions, asked, config)
-        self.signals, self.micro = gate_signals(clips, config.gate_signal, clips, seed), at_once and MicroBatches(at_once)
-        if gated_layers(model): keep_signal_scale(model, clips)
-        self.optimizer = make_optimizer(model, config)
+        self.signals = gate_signals(clips, config.gate_signal, clips, seed)
         self.device, self.tokens = next(model.parameters()).device, tokens_per_frame(model.config)
-        self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
 
     def told(self, n:int, rows) -> tuple[list[list[int]], list[str] | None]:
         "Answers (token ids) and prompts of the clips in step n; None: plain captions."
@@ -151,15 +152,27 @@ class Trainer:
         return [caption_ids(self.tokenizer, a, "answer") for a in answers], list(prompts)
 
     def batch(self, n:int) -> dict:
-        "The batch of step n on the model's device, and the frame signals that the gates see in it."
+        "Model inputs on the model's device, and what the gates see: frame signals and, where clips differ in it, the number of frames."
         rows = rows_of_step(n, self.config.batch_size, len(self.clips), self.seed)
         answers, prompts = self.told(n, rows)
         batch = collate(self.tokenizer, self.clips[rows], answers, self.tokens, prompts)
-        return {k: v.to(self.device) for k, v in batch.items()} | dict(signals=self.signals[rows])
+        frames = {} if self.clips.frames is None else dict(frames=self.clips.frames[rows])
+        return {k: v.to(self.device) for k, v in batch.items()} | dict(signals=self.signals[rows], **frames)
+
+# %% ../nbs/09_train.ipynb #04491b3b
+class Trainer(Batches):
+    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit)."
+    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None):
+        super().__init__(model, tokenizer, clips, captions, config, seed, asked)
+        self.model, self.micro = model, at_once and MicroBatches(at_once)
+        if gated_layers(model): keep_signal_scale(model, clips)
+        self.optimizer = make_optimizer(model, config)
+        self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
 
     def loss(self, batch:dict, reduction:str="mean") -> torch.Tensor:
-        set_frame_signals(self.model, batch["signals"])
-        return caption_loss(self.model, {k: v for k, v in batch.items() if k != "signals"}, reduction)
+        batch = dict(batch)
+        set_frame_signals(self.model, batch.pop("signals"), batch.pop("frames", None))
+        return caption_loss(self.model, batch, reduction)
 
     def step(self, n:int) -> float:
         batch = self.batch(n)

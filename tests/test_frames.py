@@ -9,7 +9,7 @@ from mmqlora.decoding import best_seconds, sample_videos
 from mmqlora.config import FramesConfig, Selector
 from mmqlora.core import InputError, read_json, rng_for
 from mmqlora.frames import SELECTORS, adaptive_budgets, along, by_scene, cover, coverage, mixture, select_frames
-from mmqlora.prepare import load_videos, measure, prepare
+from mmqlora.prepare import ADAPTIVE, load_videos, measure, prepare
 from mmqlora.render import render, sound
 from mmqlora.scenes import FPS, FRAMES, target_scene
 from mmqlora.signals import SignalStream, audio_energy, block_change, block_colors, change_entropy, change_mass, frame_signals, motion_energy, scene_cuts, spatial_entropy
@@ -40,7 +40,7 @@ def test_cover_sees_more_events_than_any_other_picture_signal_at_every_budget(fo
     assert mean_coverage(found, "cover", 2) > .85 and mean_coverage(found, "cover", 4) > .97
 
 
-def test_the_config_and_the_selectors_have_the_same_names(): assert set(get_args(Selector)) == set(SELECTORS)
+def test_the_config_and_the_selectors_have_the_same_names(): assert set(get_args(Selector)) == {*SELECTORS, ADAPTIVE}
 
 
 @pytest.mark.parametrize("name", SELECTORS)

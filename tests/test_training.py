@@ -1,20 +1,22 @@
 "Training on real 4-bit weights: equal runs are equal, resuming changes nothing, the base stays as it is."
 import math
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 
 from mmqlora.adapters import QUANTIZATION, adapt
+from mmqlora.batch import ClipSet
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError, repo_path
 from mmqlora.model import linears, load_model
-from mmqlora.predict import score_captions, write_answers, write_captions, write_rounds
+from mmqlora.predict import score_captions, score_galleries, write_answers, write_captions, write_rounds
 from mmqlora.quickstart import load
 from mmqlora.ranks import audit
 from mmqlora.tasks import asked_of
 from mmqlora.temporal import gated_layers
-from mmqlora.train import Trainer, build, fit, trained_tensors
+from mmqlora.train import Trainer, build, fit, gate_signals, trained_tensors
 
 BASE = repo_path("models/base")
 GATED = dict(gate="rank", gate_lr=3.)
@@ -173,6 +175,37 @@ def test_prompts_of_different_lengths_in_a_batch_score_as_each_does_alone(traini
     together = score_captions(model, tokenizer, clips[:8], answers, prompts=prompts)
     alone = torch.cat([score_captions(model, tokenizer, clips[i:i + 1], answers[i:i + 1], prompts=prompts[i:i + 1]) for i in range(8)])
     assert len({len(p.split()) for p in prompts}) > 2 and torch.allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [{}, GATED], ids=["qlora", "gated"])
+def test_clips_with_fewer_frames_in_a_batch_are_what_they_are_alone(training, short, gate):
+    "What an adaptive budget makes: padded frames change neither losses nor gradients, captions nor ranks."
+    clips, captions = training[0][:4], training[1][:4]
+    few = torch.tensor([8, 3, 5, 1])
+    padded = replace(clips, frames=few)
+    model, tokenizer = build(BASE, short.model_copy(update={"method": "lora", **gate}), device="cpu")     # 4-bit products round by the shape of a batch
+    signals = gate_signals(padded, "motion", padded)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "lora_gate" in name: p.normal_(0, .05, generator=torch.Generator().manual_seed(len(name)))
+    def alone(i): return ClipSet(*(getattr(clips, f)[i:i + 1, :few[i]] for f in ("pixels", "position", "signal"))), signals[i:i + 1, :few[i]]
+    scores = score_captions(model, tokenizer, padded, captions, signals)
+    assert torch.allclose(scores, torch.cat([score_captions(model, tokenizer, c, [captions[i]], s) for i in range(4) for c, s in [alone(i)]]), atol=1e-4)
+    written = write_captions(model, tokenizer, padded, signals)
+    assert written == [write_captions(model, tokenizer, *alone(i))[0] for i in range(4)]
+    galleries = score_galleries(model, tokenizer, padded, captions, ["a"]*4, signals)
+    assert torch.allclose(galleries[0].diagonal(), scores, atol=1e-4)
+    asked = ["what color is the disc ?", "in german", "summarize", "in german"]
+    assert write_rounds(model, tokenizer, padded, [(asked, 8)], signals)[0] == write_answers(model, tokenizer, padded, asked, signals, max_new_tokens=8)
+
+
+def test_a_run_on_an_adaptive_budget_trains_and_refuses_shuffled_signals(training, short):
+    clips, captions = training
+    padded = replace(clips, frames=torch.arange(len(clips)) % 8 + 1)
+    model, tokenizer = build(BASE, short.model_copy(update=GATED), device="cpu")
+    losses = fit(Trainer(model, tokenizer, padded, captions, short.model_copy(update=GATED)))["loss"]
+    assert losses[-1] < losses[0]
+    with pytest.raises(InputError, match="shuffled needs clips of equally many frames"): gate_signals(padded, "shuffled", padded)
 
 
 @pytest.mark.parametrize("gate", [{}, GATED], ids=["qlora", "gated"])
