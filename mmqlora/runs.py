@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DERIVED', 'PAIRED', 'SplitData', 'load_split', 'caption_scores', 'read_split', 'scored', 'evaluate', 'run_seed',
-           'split_metrics', 'combine', 'side_by_side', 'run_experiment', 'run_trial']
+           'split_metrics', 'combine', 'cores', 'side_by_side', 'run_experiment', 'run_trial']
 
 # %% ../nbs/12a_runs.ipynb #cda98272
 import os, time
@@ -59,12 +59,10 @@ def caption_scores(written:list[str], references:list[str]) -> tuple[dict, dict]
 def read_split(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple[dict, dict, list[str]]:
     "What only the model can tell: the loss of the true captions, ranks within galleries if asked, the captions it writes."
     written = write_captions(model, tokenizer, data.clips, signals)
-    per_clip = {}
-    per_clip["loss"] = -score_captions(model, tokenizer, data.clips, data.captions, signals).numpy()
-    if retrieval:
-        scores = score_galleries(model, tokenizer, data.clips, data.captions, data.galleries, signals).numpy()
-        per_clip["rank_v2t"], per_clip["rank_t2v"] = (ranks(scores, axis).ravel() for axis in (2, 1))
-    return per_clip, {}, written
+    if not retrieval: return {"loss": -score_captions(model, tokenizer, data.clips, data.captions, signals).numpy()}, {}, written
+    scores = score_galleries(model, tokenizer, data.clips, data.captions, data.galleries, signals).numpy()
+    v2t, t2v = (ranks(scores, axis).ravel() for axis in (2, 1))
+    return {"loss": -scores.diagonal(0, 1, 2).ravel(), "rank_v2t": v2t, "rank_t2v": t2v}, {}, written     # a gallery holds the true captions too
 
 def scored(read:tuple, captions:list[str]) -> tuple[dict, dict, list[str]]:
     "(per clip, whole set, captions written): what `read_split` returned, with the scores of its captions added."
@@ -141,12 +139,18 @@ def combine(name:str, tier:str, config:RunConfig, seeds:list[dict], data:dict) -
                          audit=seeds[0]["audit"], examples=examples)
 
 # %% ../nbs/12a_runs.ipynb #9814b74b
+def cores() -> int:
+    "Processor cores that this run may use: `MMQLORA_CORES`, or all."
+    asked = os.environ.get("MMQLORA_CORES", "")
+    if asked and not (asked.isdecimal() and int(asked)): raise InputError("MMQLORA_CORES", f"'{asked}' is not a number of cores")
+    return int(asked) if asked else len(os.sched_getaffinity(0))
+
 def side_by_side(work, items:list) -> list:
     "`[work(i) for i in items]`: one process and one thread per item on a CPU, one after the other on a GPU. `work` must be picklable."
     disable_progress_bar()                                               # of loading the base, which is small
     if torch.cuda.is_available(): return [work(i) for i in items]
     torch.set_num_threads(1)                                             # before the fork: a pool of threads does not survive it
-    with ProcessPoolExecutor(min(len(items), os.cpu_count()), get_context("fork")) as pool: return list(pool.map(work, items))
+    with ProcessPoolExecutor(min(len(items), cores()), get_context("fork")) as pool: return list(pool.map(work, items))
 
 def _one_seed(params:Params, name:str, config:RunConfig, frames, folder, splits, seed:int) -> dict:
     data = {split: load_split(params, config, split, frames) for split in splits}
