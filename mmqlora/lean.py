@@ -123,14 +123,14 @@ class _Norm:
 
 # %% ../nbs/08f_lean.ipynb #ac971364
 def _turned(x, cos, sin, sign:int):
-    (a, b), out = x.chunk(2, -1), torch.empty_like(x)
+    (a, b), out = x.chunk(2, -1), x*cos
     left, right = out.chunk(2, -1)
-    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=right).addcmul_(a, sin, value=sign)
+    left.addcmul_(b, sin, value=-sign)
+    right.addcmul_(a, sin, value=sign)
     return out
 
 class Rotation(torch.autograd.Function):
-    "Rotary positions of x (B, L, heads, d) with cos, sin (L, 1, d/2)."
+    "Rotary positions of x (B, L, heads, d) with cos (L, 1, d), whose halves are equal, and sin (L, 1, d/2)."
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.angles = cos, sin
@@ -164,7 +164,7 @@ class _Attention:
         if n == l: q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         else: [q], (k, v) = project(x[:, -n:], self.q_proj, of=l), project(x, self.k_proj, self.v_proj)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        cos, sin = (t[..., None, :self.head_dim//2] for t in position_embeddings)
+        cos, sin = position_embeddings[0][:, :, None], position_embeddings[1][:, :, None, :self.head_dim//2]
         q, k = Rotation.apply(q, cos[:, -n:], sin[:, -n:]), Rotation.apply(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
@@ -191,8 +191,8 @@ class _VisionAttention:
 def _note_kept(last):
     "Hooks of the whole model: how many logits this forward wants."
     def note(module, args, kwargs):
-        n, extra = kwargs.get("logits_to_keep", 0), any(kwargs.get(k) for k in ("output_hidden_states", "output_attentions"))
-        last.self_attn.keep = n if isinstance(n, int) and kwargs.get("labels") is None and not extra else 0
+        n, whole = kwargs.get("logits_to_keep", 0), any(kwargs.get(k) is not None for k in ("labels", "output_hidden_states", "output_attentions"))
+        last.self_attn.keep = n if isinstance(n, int) and not whole and not last.gradient_checkpointing else 0     # which comes back after `forget`
     def forget(module, args, out): last.self_attn.keep = 0
     return note, forget
 
