@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .adapters import load_adapter
 from .core import InputError
+from .lean import lean
 from .model import load_model
 
 # %% ../nbs/14b_quickstart.ipynb #ded142f7
@@ -24,4 +25,4 @@ def load(
     if adapter and not (Path(adapter)/"adapter_config.json").is_file():
         raise InputError(adapter, "holds no adapter_config.json", "give the folder that save_pretrained wrote")
     model, tokenizer = load_model(base, quantization, device=device)
-    return (load_adapter(model, adapter, trainable) if adapter else model), tokenizer
+    return (lean(load_adapter(model, adapter, trainable)) if adapter else model), tokenizer

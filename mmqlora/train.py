@@ -25,6 +25,7 @@ from .batch import ClipSet, caption_ids, collate
 from .config import CHANNELS, LOW_RANK, RunConfig
 from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
 from .joint import apply_bits, options_for, plan, requantized
+from .lean import lean
 from .ledger import expected_peak
 from .model import linears, load_model
 from .prune import START, Pruner
@@ -167,6 +168,7 @@ class Trainer(Batches):
         self.model, self.micro = model, at_once and MicroBatches(at_once)
         if gated_layers(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
 
     def loss(self, batch:dict, reduction:str="mean") -> torch.Tensor:
@@ -179,7 +181,7 @@ class Trainer(Batches):
         for group in self.optimizer.param_groups: group["lr"] = group["peak"]*rate_at(n, self.config.steps, self.config.warmup)
         self.optimizer.zero_grad()
         loss = self.gradients(batch)
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
+        nn.utils.clip_grad_norm_(self.trained, 1.)
         self.optimizer.step()
         if self.pruner: self.pruner(n)
         return loss
@@ -291,4 +293,4 @@ def build(
     ranks, sizes = chosen_ranks(model, config, batches), chosen_sizes(model, config)
     model = adapt(model, config.method, ranks, config.alpha_over_rank, config.gate, CHANNELS[config.signals],
                   seed=seed_for(seed, "adapter") % 2**31, **sizes)
-    return model, tokenizer
+    return lean(model), tokenizer
