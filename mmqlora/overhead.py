@@ -47,7 +47,7 @@ def method_cell(cell:dict, device:str, small:bool) -> dict:
         with torch.no_grad(): return measure(lambda: model(**{k: v for k, v in batch.items() if k != "signals"}).loss, device) | size
     loss, optimizer = set_up(model, cell["way"])
     clean(device)
-    return measure(stepper(seen(model, loss), optimizer, batch), device) | size
+    return measure(stepper(seen(model, loss), optimizer, batch), device, steps=3) | size
 
 # %% ../nbs/12ca_overhead.ipynb #4b60b149
 def alternate(steps:dict, device:str, rounds:int) -> dict:
@@ -128,13 +128,13 @@ def overhead_cells() -> list[dict]:
     gates = lambda way, rounds, *kinds: dict(kind="gates", model=SMALL_ONE, way=way, frames=32, gates=["none", *kinds], rounds=rounds)
     told = lambda model, adapter, frames, cache=True: dict(kind="captions", model=model, adapter=adapter, frames=frames, cache=cache, clips=8, words=20)
     step = lambda model, way, frames, **more: dict(kind="step", model=model, way=way, frames=frames, **more)
+    big = lambda adapter, frames: told(BIG, adapter, frames)
     return [gates("ours", 12, "scalar", "rank", "time", "gradient"), gates("stock_labels", 6, "rank", "gradient"), step(SMALL_ONE, "ours_graphs", 32),
+            step(SMALL_ONE, "ours", 32), dict(kind="packed", model=BIG, way="ours_small", clips=[16, 48, 24, 32]), step("idefics-9b", "stock_labels", 16),
             *(dict(kind="method", model=SMALL_ONE, method=m, way="stock_labels", frames=32, gate=g) for m, g in METHODS),
-            dict(kind="packed", model=BIG, way="ours_small", clips=[16, 48, 24, 32]), dict(kind="gradient", model=SMALL_ONE, frames=4, ways=EVERY),
-            step("idefics-9b", "stock_labels", 16), step("idefics-9b", "ours", 16),
             *(told(SMALL_ONE, a, 8) for a in ("qlora", "merged", "gated")), told(SMALL_ONE, "merged", 4), told(SMALL_ONE, "merged", 8, False),
-            *(told(BIG, a, f) for a, f in (("qlora", 8), ("merged", 8), ("merged", 4))), step(BIG, "ours_graphs", 32), step(BIG, "ours", 32),
-            dict(kind="profile", model=SMALL_ONE, way="ours", frames=32), step(SMALL_ONE, "ours", 32),
+            dict(kind="gradient", model=SMALL_ONE, frames=4, ways=EVERY), big("qlora", 8), big("merged", 8), big("merged", 4), step(BIG, "ours_graphs", 32),
+            step(BIG, "ours", 32), dict(kind="profile", model=SMALL_ONE, way="ours", frames=32), step("idefics-9b", "ours", 16),
             *(step(SMALL_ONE, "ours", f, rank=r) for f, r in ((16, 8), (48, 64), (96, 16))), step(SMALL_ONE, "ours_small", 96, rank=32),
             step("video-llama3-7b", "ours", 16), step("video-llama3-7b", "ours_small", 64), step(BIG, "ours", 64), step(BIG, "ours_small", 256)]
 
