@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs of params.yaml that are not up to date, one per core at a time: what `dvc repro finetune` does one after the other.
+"""Runs of params.yaml (those given, or all) that are not up to date, one per core at a time: what `dvc repro finetune` does in turn.
 
 DVC executes, locks and records every run when it ends: stop and start as you like. A run has one core, and trains its seeds in a
 row; where fewer runs are left than there are cores, their seeds share the cores (`MMQLORA_CORES` in `mmqlora.runs`)."""
@@ -13,9 +13,9 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 
-def stale() -> list[str]:
-    "Stages `finetune@run` whose inputs or results changed, in the order of params.yaml."
-    with Repo() as repo: return list(repo.status(["finetune"]))
+def stale(runs:list[str]) -> list[str]:
+    "Stages `finetune@run` whose inputs or results changed: of these runs, or of all."
+    with Repo() as repo: return list(repo.status([f"finetune@{r}" for r in runs] or ["finetune"]))
 
 
 def reproduce(stage:str) -> str:
@@ -27,7 +27,7 @@ def reproduce(stage:str) -> str:
 
 
 def main() -> int:
-    waiting, begin, wrong = stale(), time.monotonic(), []
+    waiting, begin, wrong = stale(sys.argv[1:]), time.monotonic(), []
     if not waiting: return 0
     cores = int(os.environ.get("MMQLORA_CORES") or len(os.sched_getaffinity(0)))
     os.environ["MMQLORA_CORES"] = str(max(1, cores//len(waiting)))
