@@ -8,15 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmqlora.adapters import load_adapter
+from mmqlora.adapters import load_adapter, save_adapter
 from mmqlora.allocate import allocate, best_ranks, budget_of, gains_of, measure, rank_bytes
 from mmqlora.batch import pixel_values
 from mmqlora.config import RunConfig
-from mmqlora.core import InputError, repo_path, rng_for
+from mmqlora.core import InputError, read_json, repo_path, rng_for
 from mmqlora.joint import BITS, Option, front, options_for, output_error, plan, solve
 from mmqlora.model import linears, load_model
 from mmqlora.predict import score_captions
 from mmqlora.prune import lora_layers
+from mmqlora.quickstart import load
 from mmqlora.ranks import adapter_bytes, audit, audit_modules, rank_settings
 from mmqlora.train import Trainer, build, calibration_batches, fit, trained_tensors
 
@@ -171,6 +172,20 @@ def test_a_joint_plan_is_in_the_model_bit_for_bit_and_trains(training):
     assert .99*900_000 < resident(model) == asked.bytes <= 900_000
     loss = fit(Trainer(model, tokenizer, *training, config))["loss"]
     assert loss[-1] < loss[0]
+
+
+@pytest.mark.parametrize("gate", ["none", "rank"])
+def test_a_joint_adapter_loaded_again_restores_the_bits_of_every_module(training, gate, tmp_path):
+    config = run("joint", budget_bytes=900_000, gate=gate)
+    model, tokenizer = built(training, config)
+    fit(Trainer(model, tokenizer, *training, config))
+    save_adapter(model, tmp_path)
+    again, _ = load(BASE, tmp_path, device="cpu")
+    columns = ["module", "bits", "rank"]
+    assert audit_modules(again)[columns].equals(audit_modules(model)[columns]) and read_json(tmp_path/"adapter_config.json")["bits"] == model.planned_bits
+    clips, captions = training
+    assert torch.equal(score_captions(again, tokenizer, clips, captions), score_captions(model, tokenizer, clips, captions))
+    with pytest.raises(InputError, match="quantized already.*quantization='none'"): load_adapter(load_model(BASE, "nf4", device="cpu")[0], tmp_path)
 
 
 @pytest.mark.parametrize("gate", ["none", "rank"])
