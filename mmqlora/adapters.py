@@ -19,7 +19,7 @@ from .bottleneck import add_bottlenecks, bottleneck_bytes
 from .core import InputError, atomic_path, read_json, write_json
 from .families import family_of
 from .joint import apply_bits
-from .model import bits_of, linears
+from .model import bits_of, linears, same_precision
 from .prefix import add_prefixes, prefix_bytes
 from .ranks import adapter_tensors, audit, rank_settings
 from .temporal import TemporalLoraConfig, wire_gates
@@ -86,16 +86,11 @@ def adapt(
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model.requires_grad_(False), config)
     if gate != "none": wire_gates(adapted)
-    if "dora" in method: _unpacked(adapted)
+    if "dora" in method: same_precision(adapted)                       # it reads the 4-bit weight for its norm, and must not find it repacked
     audit(adapted, ranks)
     return adapted
 
 # %% ../nbs/08d_adapters.ipynb #96e6e258
-def _unpacked(model):
-    "DoRA reads the 4-bit weight for its norm; in eval, bitsandbytes repacks it on some CPUs, and the norm would be of shuffled bytes."
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
-
 def _adapt_other(model, method, modalities, seed, width, length):
     if method == "ia3": return peft.get_peft_model(model.requires_grad_(False), ia3_config(model, modalities))
     if method == "bottleneck": add_bottlenecks(model, modalities, width, seed)
@@ -139,7 +134,7 @@ def load_adapter(model:nn.Module, folder, trainable:bool=False):
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
     adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
-    if getattr(config, "use_dora", False): _unpacked(adapted)
+    if getattr(config, "use_dora", False): same_precision(adapted)
     return adapted.train(trainable)
 
 # %% ../nbs/08d_adapters.ipynb #3c379b41

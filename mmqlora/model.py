@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'NO_TOWER', 'THINKERS', 'small_config', 'new_model', 'modality_map', 'modality_of', 'tower_pattern',
-           'linears', 'quantization_config', 'from_pretrained', 'processor', 'mixed_precision', 'load_model',
-           'save_model', 'bits_of']
+           'linears', 'quantization_config', 'same_precision', 'from_pretrained', 'processor', 'mixed_precision',
+           'load_model', 'save_model', 'bits_of']
 
 # %% ../nbs/07_model.ipynb #5a2112e8
 import os
@@ -148,6 +148,13 @@ def _class_for(config):
         if name and hasattr(transformers, name): return getattr(transformers, name)
     return AutoModelForImageTextToText
 
+# %% ../nbs/07_model.ipynb #abeddc1f
+def same_precision(model:nn.Module) -> nn.Module:
+    "Let 4-bit linears on a CPU evaluate as they train."
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+    return model
+
 # %% ../nbs/07_model.ipynb #51ba06ed
 def from_pretrained(
     path,                      # Folder (or hub name) of a transformers video-language model
@@ -159,10 +166,11 @@ def from_pretrained(
     path, device = str(path), device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = _read_config(path)
     skip = ("lm_head", *(p.rstrip(".") for p in NO_TOWER.get(config.model_type, ())))
-    return _class_for(config).from_pretrained(
+    model = _class_for(config).from_pretrained(
         path, dtype=dtype, use_safetensors=True,
         quantization_config=quantization_config(quantization, torch.bfloat16 if "cuda" in device else dtype, skip),
         device_map={"": device}, attn_implementation="sdpa")
+    return same_precision(model) if dtype == torch.float32 else model
 
 # %% ../nbs/07_model.ipynb #6b3bd275
 def processor(path):

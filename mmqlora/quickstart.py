@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .adapters import load_adapter
 from .core import InputError, read_json
+from .lean import lean
 from .model import load_model
 
 # %% ../nbs/14b_quickstart.ipynb #ded142f7
@@ -25,4 +26,4 @@ def load(
         raise InputError(adapter, "holds no adapter_config.json", "give the folder that save_pretrained wrote")
     planned = adapter and "bits" in read_json(Path(adapter)/"adapter_config.json")      # by the joint allocation, module by module
     model, tokenizer = load_model(base, "none" if planned else quantization, device=device)
-    return (load_adapter(model, adapter, trainable) if adapter else model), tokenizer
+    return (lean(load_adapter(model, adapter, trainable)) if adapter else model), tokenizer

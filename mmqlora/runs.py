@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DERIVED', 'PAIRED', 'KEPT', 'groups_of', 'SplitData', 'split_records', 'load_split', 'caption_scores',
            'answer_scores', 'gallery_ranks', 'read_split', 'scored', 'evaluate', 'run_seed', 'split_metrics', 'combine',
-           'side_by_side', 'run_experiment', 'run_trial']
+           'cores', 'side_by_side', 'run_experiment', 'run_trial']
 
 # %% ../nbs/12a_runs.ipynb #cda98272
 import os, time
@@ -101,22 +101,25 @@ def answer_scores(written:list[str], answers:list[str]) -> tuple[dict, dict]:
 
 # %% ../nbs/12a_runs.ipynb #cbea3c7b
 def gallery_ranks(model, tokenizer, data:SplitData, signals) -> dict:
-    "rank_v2t and rank_t2v, (N,): of the true caption of each clip in its gallery, and of the clip; {} without galleries."
+    """rank_v2t, rank_t2v, loss, (N,): rank of the true caption of each clip in its gallery, and of the clip; the loss, as a gallery holds the
+    true captions too; {} without galleries."""
     sizes, galleries = Counter(data.galleries), np.array(data.galleries, object)
     found = {f"rank_{way}": np.full(len(galleries), np.nan) for way in ("v2t", "t2v")}
+    loss = np.full(len(galleries), np.nan)
     for size in sorted({n for g, n in sizes.items() if g is not None}):
         rows = np.array([i for g in dict.fromkeys(data.galleries) if g is not None and sizes[g] == size for i in np.flatnonzero(galleries == g)])
         at = torch.from_numpy(rows)
         scores = score_galleries(model, tokenizer, data.clips[at], [data.captions[i] for i in rows], list(galleries[rows]), signals[at]).numpy()
-        for (name, values), axis in zip(found.items(), (2, 1)): values[rows] = ranks(scores, axis).ravel()
-    return found if len(sizes) > (None in sizes) else {}
+        for values, axis in zip(found.values(), (2, 1)): values[rows] = ranks(scores, axis).ravel()
+        loss[rows] = -scores.diagonal(0, 1, 2).ravel()
+    return found | {"loss": loss} if len(sizes) > (None in sizes) else {}
 
 def read_split(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple[dict, dict, list[str]]:
     "What only the model can tell: the loss of the true captions, ranks within galleries if asked, the captions it writes."
     written = write_answers(model, tokenizer, data.clips, data.prompts, signals)
-    per_clip = {}
-    per_clip["loss"] = -score_captions(model, tokenizer, data.clips, data.captions, signals, prompts=data.prompts).numpy()
-    if retrieval and data.prompts is None: per_clip |= gallery_ranks(model, tokenizer, data, signals)
+    per_clip = gallery_ranks(model, tokenizer, data, signals) if retrieval and data.prompts is None else {}
+    if np.isnan(per_clip.get("loss", np.nan)).any():
+        per_clip["loss"] = -score_captions(model, tokenizer, data.clips, data.captions, signals, prompts=data.prompts).numpy()
     return per_clip, {}, written
 
 def scored(read:tuple, captions:list, asked:bool=False) -> tuple[dict, dict, list[str]]:
@@ -215,12 +218,18 @@ def combine(name:str, tier:str, config:RunConfig, seeds:list[dict], data:dict) -
                          audit=seeds[0]["audit"], examples=examples, corruptions=damage, **{k: first.get(k) for k in ("gallery", "gates", "spectra")})
 
 # %% ../nbs/12a_runs.ipynb #9814b74b
+def cores() -> int:
+    "Processor cores that this run may use: `MMQLORA_CORES`, or all."
+    asked = os.environ.get("MMQLORA_CORES", "")
+    if asked and not (asked.isdecimal() and int(asked)): raise InputError("MMQLORA_CORES", f"'{asked}' is not a number of cores")
+    return int(asked) if asked else len(os.sched_getaffinity(0))
+
 def side_by_side(work, items:list) -> list:
     "`[work(i) for i in items]`: one process and one thread per item on a CPU, one after the other on a GPU. `work` must be picklable."
     disable_progress_bar()                                               # of loading the base, which is small
     if torch.cuda.is_available(): return [work(i) for i in items]
     torch.set_num_threads(1)                                             # before the fork: a pool of threads does not survive it
-    with ProcessPoolExecutor(min(len(items), os.cpu_count()), get_context("fork")) as pool: return list(pool.map(work, items))
+    with ProcessPoolExecutor(min(len(items), cores()), get_context("fork")) as pool: return list(pool.map(work, items))
 
 def _one_seed(params:Params, name:str, config:RunConfig, frames, folder, splits, seed:int) -> dict:
     data = {split: load_split(params, config, split, frames) for split in splits}

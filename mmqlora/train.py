@@ -25,6 +25,7 @@ from .batch import ClipSet, caption_ids, collate
 from .config import CHANNELS, LOW_RANK, RunConfig
 from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
 from .joint import apply_bits, options_for, plan, requantized
+from .lean import lean
 from .model import linears, load_model
 from .prune import START, Pruner
 from .ranks import module_ranks, storage_bytes
@@ -142,6 +143,7 @@ class Trainer:
         if gated_layers(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
         self.device, self.tokens = next(model.parameters()).device, tokens_per_frame(model.config)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
 
     def told(self, n:int, rows) -> tuple[list[list[int]], list[str] | None]:
@@ -159,7 +161,7 @@ class Trainer:
         loss = caption_loss(self.model, {k: v.to(self.device) for k, v in batch.items()})
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
+        nn.utils.clip_grad_norm_(self.trained, 1.)
         self.optimizer.step()
         if self.pruner: self.pruner(n)
         return float(loss.detach())
@@ -237,4 +239,4 @@ def build(
     ranks, sizes = chosen_ranks(model, config, batches), chosen_sizes(model, config)
     model = adapt(model, config.method, ranks, config.alpha_over_rank, config.gate, CHANNELS[config.signals],
                   seed=seed_for(seed, "adapter") % 2**31, **sizes)
-    return model, tokenizer
+    return lean(model), tokenizer
