@@ -137,18 +137,17 @@ class Trainer:
     "One model, one set of clips, one seed: `step(n)` is everything that happens in step n. A clip may have a list of captions."
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None):
         self.model, self.tokenizer, self.config, self.seed, self.asked = model, tokenizer, config, seed, asked
-        self.clips, self.captions = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
+        self.clips, self.references = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
         _check_told(clips, captions, asked, config)
         self.signals = gate_signals(clips, config.gate_signal, clips, seed)
         if gated_layers(model): keep_signal_scale(model, clips)
-        self.optimizer = make_optimizer(model, config)
-        self.device, self.tokens = next(model.parameters()).device, tokens_per_frame(model.config)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.captions, self.optimizer = [ids[0] for ids in self.references], make_optimizer(model, config)
+        self.device, self.tokens, self.trained = next(model.parameters()).device, tokens_per_frame(model.config), [p for p in model.parameters() if p.requires_grad]
         self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
 
     def told(self, n:int, rows) -> tuple[list[list[int]], list[str] | None]:
         "Answers (token ids) and prompts of the clips in step n; None: plain captions."
-        if self.config.tasks == ["caption"]: return [_one_of(self.captions[i], self.seed, n, i) for i in rows.tolist()], None
+        if self.config.tasks == ["caption"]: return [_one_of(self.references[i], self.seed, n, i) for i in rows.tolist()], None
         prompts, answers = zip(*draw_tasks([self.asked[i] for i in rows], self.config.tasks, rng_for(self.seed, "tasks", n)))
         return [caption_ids(self.tokenizer, a, "answer") for a in answers], list(prompts)
 
