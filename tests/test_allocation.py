@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from mmqlora.adapters import load_adapter, save_adapter
 from mmqlora.allocate import allocate, best_ranks, budget_of, gains_of, measure, rank_bytes
-from mmqlora.batch import pixel_values
+from mmqlora.batch import ClipSet, pixel_values
+from mmqlora.budget import joint_options
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError, read_json, repo_path, rng_for
 from mmqlora.joint import BITS, Option, front, options_for, output_error, plan, solve
@@ -147,6 +148,43 @@ def test_the_front_never_rises_with_the_budget_and_ends_at_the_best_of_everythin
     assert (table["loss"].diff().dropna() <= 1e-6).all() and (table["bytes"] <= table["budget"]).all()
     assert table["loss"].iloc[-1] == pytest.approx(sum(min(o.loss for o in g) for g in groups.values()), abs=1e-6)
     assert plan(options, high).frames == 8 and plan(options, low).frames == 2
+
+
+@pytest.fixture(scope="module")
+def offered(training):
+    "Every option with 2, 4 or 8 frames, 16 clips a step."
+    model, tokenizer = load_model(BASE, "none", device="cpu")
+    clips, captions = training
+    def batches(k): return calibration_batches(model, tokenizer, fewer(clips, k), captions, run("joint"), seed=0)
+    return joint_options(model, {k: batches(k) for k in (2, 4, 8)}, EVERYWHERE, clips=16, missed={2: .5, 4: .2, 8: 0.}, state=4)
+
+
+def fewer(clips, k): return ClipSet(*(v[:, ::clips.pixels.shape[1]//k] for v in (clips.pixels, clips.position, clips.signal)))
+
+
+def test_bits_ranks_and_frames_under_one_budget_equal_brute_force(offered):
+    groups = {}
+    for o in offered: groups.setdefault(o.group, []).append(o)
+    kinds = {kind: [g for g in groups if g[0] == kind] for kind in ("bits", "rank", "frames")}
+    some = [*kinds["bits"][:2], *kinds["rank"][:2], *kinds["frames"]]
+    options = [o for g in some for o in groups[g]]
+    ways = [(sum(o.bytes for o in w), sum(o.loss for o in w), w) for w in itertools.product(*(groups[g] for g in some))]
+    seen = set()
+    for budget in np.linspace(min(b for b, *_ in ways), max(b for b, *_ in ways), 9):
+        found, best = plan(options, budget), min((w for w in ways if w[0] <= budget), key=lambda w: w[1])
+        assert found.bytes <= budget and found.loss == pytest.approx(best[1], abs=1e-6)
+        seen.add(found.frames)
+    assert seen == {2, 4, 8}                                              # the budget decides the frames
+
+
+def test_frames_cost_the_activations_of_a_step_and_a_plan_states_its_bytes(offered):
+    frames = {o.choice: o.bytes for o in offered if o.group == ("frames",)}
+    assert 0 < frames[2] < frames[4] < frames[8] and (frames[8] - frames[4])/(frames[4] - frames[2]) == pytest.approx(2, rel=.2)
+    budget = 1.5*frames[4]
+    found = plan(offered, budget)
+    adapters = sum(o.bytes for o in offered if o.group[0] == "rank" and found.ranks[o.group[1]] == o.choice)
+    weights = sum(o.bytes for o in offered if o.group[0] == "bits" and found.bits[o.group[1]] == o.choice)
+    assert found.bytes == weights + adapters + frames[found.frames] <= budget
 
 
 def test_more_bits_mean_less_output_error_and_more_bytes_in_every_module(measured):
