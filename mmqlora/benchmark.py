@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', 'BIG', 'RATE', 'shrink', 'config_of',
-           'quantize_linears', 'text_linears', 'widen', 'build_model', 'make_batch', 'stock', 'set_up', 'clean',
-           'measure', 'stepper', 'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'count_cell', 'cells',
-           'name_of', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor']
+           'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'make_batch', 'stock', 'set_up',
+           'clean', 'measure', 'stepper', 'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'count_cell',
+           'cells', 'name_of', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
 import gc, time, traceback
@@ -88,13 +88,18 @@ def widen(model):
     return model
 
 # %% ../nbs/12c_benchmark.ipynb #8effeef9
-def build_model(config, device:str, dtype=torch.bfloat16, small:bool=False, rank:int=16, quantization:str="nf4"):
-    "An architecture (name or configuration) with random weights and LoRA on all language linears; equal calls give equal weights."
+def build_base(config, device:str, dtype=torch.bfloat16, small:bool=False, quantization:str="nf4"):
+    "An architecture (name or configuration) with random weights, frozen and quantized; equal calls give equal weights."
     config = config_of(config, small) if isinstance(config, str) else config
     torch.manual_seed(0)
     with torch.device(device): model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
     if quantization != "none": quantize_linears(model, quantization)
+    return model
+
+def build_model(config, device:str, dtype=torch.bfloat16, small:bool=False, rank:int=16, quantization:str="nf4"):
+    "The same with LoRA on all language linears."
+    model = build_base(config, device, dtype, small, quantization)
     torch.manual_seed(1)
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2*rank, target_modules=text_linears(model)))
     for n, p in model.named_parameters():
@@ -147,9 +152,11 @@ WAYS = {  # way -> (levers, options, checkpointing, logits at labels)
     "ours_small": (tuple(LEVERS), {"head": "host", "offload": True}, True, False),
     "ours_least": (tuple(LEVERS), {"head": "stream", "offload": True}, True, False),
     "ours_keep": (tuple(LEVERS), {"head": "host", "offload": True, "keep_attention": True}, True, False),
+    "ours_graphs": (tuple(LEVERS), {"graphs": True}, True, False),
     "ours_nf4head": (tuple(LEVERS), {"head": "nf4"}, True, False),
 }
 
+# %% ../nbs/12c_benchmark.ipynb #461d0f14
 def set_up(model, way:str, **more):
     "(loss of a batch, optimizer) for a way to step; `more` goes to `low_memory`."
     levers, options, checkpointing, at_labels = WAYS[way]
@@ -310,22 +317,22 @@ def cells() -> list[dict]:
 def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
 
 # %% ../nbs/12c_benchmark.ipynb #88fd504c
-def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="") -> dict:
-    "Measure the cells that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
+def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="", todo=None, kinds=KINDS) -> dict:
+    "Measure the cells (default: `cells()`) that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu" and not small: raise InputError("efficiency", "these models need a GPU", "`small=True` walks the list with tiny ones")
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     torch._dynamo.config.recompile_limit = 64                           # one process sees many shapes
     before = read_json(out) if Path(out).is_file() else {}
-    known = result_record("efficiency", "gpu" if gpu else device, {"cells": cells(), "small": small}, {}, {}, cells=before.get("cells", {}),
+    known = result_record("efficiency", "gpu" if gpu else device, {"cells": todo or cells(), "small": small}, {}, {}, cells=before.get("cells", {}),
                           commit=commit or git_commit(), date=time.strftime("%Y-%m-%d"))
     known["hardware"]["gpu"] = gpu
-    for cell in cells():
+    for cell in todo or cells():
         name = name_of(cell)
         if name in known["cells"] and "error" not in known["cells"][name] or only and not any(o in name for o in only): continue
         if time.perf_counter() - begin > limit_s: break
         start = time.perf_counter()
-        try: result = KINDS[cell["kind"]](cell, device, small)
+        try: result = kinds[cell["kind"]](cell, device, small)
         except Exception as error: result = dict(error=f"{type(error).__name__}: {str(error)[:300]}", where=traceback.format_exc().strip().splitlines()[-3:-1])
         known["cells"][name] = dict(cell, **result, torch=torch.__version__, gpu=gpu, commit=known["commit"], cell_s=round(time.perf_counter() - start, 1))
         write_json(out, known)

@@ -162,7 +162,9 @@ class GpuConfig(Strict):
     text_share: float = Field(.2, ge=0)             # Learning rate of the pretrained text model, as a share of lr
     compile: bool = False                           # torch.compile the layers
     held_out: int = 200                             # Base clips kept for testing
-    workers: int = Field(8, ge=1)                   # Runs side by side on one GPU
+    workers: int = Field(8, ge=1)                   # Processes on one GPU; a job waits until there is room for it
+    run_gib: float = Field(2.5, ge=0)               # GPU memory of a run, and of each of its frames
+    frame_gib: float = Field(.75, ge=0)
     seed: int = 0
     grid: dict[str, dict[str, list]] = {}           # As in tune, chosen on the machine
 

@@ -25,7 +25,7 @@ def dense_weight(linear:nn.Module) -> torch.Tensor:
     weight = linear.weight
     if not isinstance(linear, bnb.nn.Linear4bit): return weight
     kept = linear.__dict__.get("dense")
-    if kept is not None and kept[0] is weight: return kept[1]
+    if kept is not None and kept[0] is weight and kept[1].device == weight.device: return kept[1]     # not the copy of an imagined weight
     matrix = dequantize_4bit(weight.data, weight.quant_state).detach()
     if kept is not None: linear.dense = weight, matrix
     return matrix

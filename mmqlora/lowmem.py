@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'towers', 'without_grad', 'frozen_towers',
            'windows_attention', 'batched_windows', 'align', 'aligned_towers', 'in_parts', 'tower_parts', 'HeadRows',
-           'LinearLoss', 'linear_loss', 'label_loss', 'in_host', 'host_embeddings', 'host_head', 'packed_weight',
-           'quantize_head', 'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report',
-           'low_memory', 'FeatureCache']
+           'LinearLoss', 'linear_loss', 'label_loss', 'host_embeddings', 'host_head', 'packed_weight', 'quantize_head',
+           'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report', 'low_memory',
+           'FeatureCache']
 
 # %% ../nbs/09c_lowmem.ipynb #64607725
 import inspect
@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
 from .core import InputError, atomic_path, content_hash
+from .ledger import in_host
 
 # %% ../nbs/09c_lowmem.ipynb #6ffe2d58
 def base_of(model:nn.Module) -> nn.Module:
@@ -284,10 +285,6 @@ def _label_rows(labels) -> dict:
     return dict(rows=rows, targets=shifted[rows])
 
 # %% ../nbs/09c_lowmem.ipynb #bdf8b716
-def in_host(module:nn.Module) -> bool:
-    "Whether a lever put the weight of `module` into host memory for good."
-    return "_apply" in vars(module)
-
 def _stay(module:nn.Module):
     "Keep the weight of `module` in host memory, page-locked if there is a GPU, whatever `.to()` the model gets."
     if not module.weight.is_meta:
@@ -393,7 +390,7 @@ def blocks(model, plan:Plan) -> str:
             other, why = other + 1, why | {str(reason)}
     if fused:
         _fuse_last_norm(model)
-        patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.stash.begin() or stock(*args, **kwargs))
+        patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.begin() or stock(*args, **kwargs))
     return f"{fused} layers as blocks" + (f", {other} checkpointed ({', '.join(sorted(why))})" if other else "")
 
 # %% ../nbs/09c_lowmem.ipynb #f3677e75
@@ -456,13 +453,14 @@ def low_memory(
     keep_attention:bool=False,   # Keep attention outputs instead of computing them again
     block:int|None=None,         # Words of the vocabulary at a time (default: 16384 on a GPU, all on a CPU)
     mlp_bytes:int=100_000_000,   # Longest activation of an MLP; more tokens go through it in parts
+    graphs:bool=False,           # Launch blocks as CUDA graphs: for batches of few shapes
 )->Report:                       # Printable
     "Make the training step of `model` smaller and faster, in place; evaluation is as before. Raises `InputError` for an unknown lever."
     if unknown := set(levers) - set(LEVERS): raise InputError("levers", f"unknown: {', '.join(sorted(unknown))}", f"choose from: {', '.join(LEVERS)}")
     if head not in ("keep", "host", "stream", "nf4"): raise InputError("head", f"unknown: '{head}'", "choose from: keep, host, stream, nf4")
     if hasattr(model, "_mmqlora"): raise InputError("low_memory", "was applied to this model before")
     cuda = any(p.is_cuda or p.is_meta for p in model.parameters())
-    plan = Plan(Offload() if offload and cuda else Plan().stash, mlp_bytes, keep_attention)
+    plan = Plan(Offload() if offload and cuda else Plan().stash, mlp_bytes, keep_attention, record=graphs)
     options = dict(head=head, embeddings=("host" if cuda else "keep") if embeddings == "auto" else embeddings, plan=plan,
                    block=block or (16384 if cuda or head in ("host", "stream") else None))
     model._mmqlora = report = Report(plan=plan)

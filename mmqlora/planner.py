@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['WORKSPACE', 'CANDIDATES', 'Setting', 'Prediction', 'load_config', 'predict', 'Calibration', 'calibrate', 'compare',
-           'gib', 'plan', 'free_memory', 'fits_or_raise']
+           'gib', 'plan', 'fits_or_raise']
 
 # %% ../nbs/12d_planner.ipynb #0159840c
 import warnings
@@ -15,8 +15,7 @@ from transformers import AutoConfig
 
 from .benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
 from .core import InputError
-from .ledger import counted, held
-from .lowmem import in_host
+from .ledger import counted, free_memory, held, in_host
 
 # %% ../nbs/12d_planner.ipynb #84b4dca3
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def compare(cells:dict, known=()) -> list[dict]:
     "Predictions for the measured cells of a benchmark record, next to what was measured; `known`: those made before."
     out = {row["cell"]: row for row in known}
     for name, cell in cells.items():
-        if cell["kind"] not in ("step", "count") or "error" in cell or cell.get("cached"): continue
+        if cell["kind"] not in ("step", "count") or "error" in cell or cell.get("cached") or cell["way"] == "ours_graphs": continue
         if name not in out:
             p = predict(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"]))
             out[name] = dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches)
@@ -157,11 +156,6 @@ def plan(
     if fewer: raise InputError("memory", f"{want.frames} frames need {gib(p.peak)}, there are {gib(memory)}", f"the nearest that fits: {fewer} ({gib(_known(config, fewer).peak)})")
     least = _known(config, replace(smallest, frames=2, rank=4))
     raise InputError("memory", f"{gib(memory)} hold no step of this model", f"the smallest, {least.setting}, needs {gib(least.peak)}")
-
-def free_memory() -> int:
-    "Free bytes of the current GPU, what PyTorch has cached included."
-    free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 # %% ../nbs/12d_planner.ipynb #e2538e64
 def fits_or_raise(model, setting:Setting, memory:int|None=None) -> Prediction:

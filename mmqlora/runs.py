@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DERIVED', 'PAIRED', 'KEPT', 'groups_of', 'SplitData', 'split_records', 'load_split', 'caption_scores',
-           'answer_scores', 'gallery_ranks', 'read_split', 'scored', 'evaluate', 'run_seed', 'split_metrics', 'combine',
-           'cores', 'side_by_side', 'run_experiment', 'run_trial']
+           'answer_scores', 'gallery_scores', 'read_split', 'scored', 'evaluate', 'run_seed', 'split_metrics',
+           'combine', 'cores', 'side_by_side', 'run_experiment', 'run_trial']
 
 # %% ../nbs/12a_runs.ipynb #cda98272
 import os, time
@@ -28,6 +28,7 @@ from .core import InputError, read_json, repo_path, result_record, write_text
 from .corpus import ClipRecord, of_split, read_records
 from .cost import cost_of
 from .frames import set_name
+from .ledger import free_memory
 from .metrics import caption_metrics, exact_match, ranks, slot_scores, summarize, vqa_accuracy
 from .predict import score_captions, score_galleries, write_answers
 from .ranks import audit
@@ -100,27 +101,26 @@ def answer_scores(written:list[str], answers:list[str]) -> tuple[dict, dict]:
     return {"exact": exact_match(written, answers), "vqa": vqa_accuracy(written, [[a] for a in answers])}, {}
 
 # %% ../nbs/12a_runs.ipynb #cbea3c7b
-def gallery_ranks(model, tokenizer, data:SplitData, signals) -> dict:
-    """rank_v2t, rank_t2v, loss, (N,): rank of the true caption of each clip in its gallery, and of the clip; the loss, as a gallery holds the
-    true captions too; {} without galleries."""
+def gallery_scores(model, tokenizer, data:SplitData, signals) -> dict:
+    "rank_v2t and rank_t2v, (N,): of the true caption of each clip in its gallery, and of the clip; and its loss. nan for a clip that is in none."
     sizes, galleries = Counter(data.galleries), np.array(data.galleries, object)
-    found = {f"rank_{way}": np.full(len(galleries), np.nan) for way in ("v2t", "t2v")}
-    loss = np.full(len(galleries), np.nan)
+    found = {name: np.full(len(galleries), np.nan) for name in ("rank_v2t", "rank_t2v", "loss")}
     for size in sorted({n for g, n in sizes.items() if g is not None}):
         rows = np.array([i for g in dict.fromkeys(data.galleries) if g is not None and sizes[g] == size for i in np.flatnonzero(galleries == g)])
         at = torch.from_numpy(rows)
         scores = score_galleries(model, tokenizer, data.clips[at], [data.captions[i] for i in rows], list(galleries[rows]), signals[at]).numpy()
-        for values, axis in zip(found.values(), (2, 1)): values[rows] = ranks(scores, axis).ravel()
-        loss[rows] = -scores.diagonal(0, 1, 2).ravel()
-    return found | {"loss": loss} if len(sizes) > (None in sizes) else {}
+        for name, values in zip(found, (ranks(scores, 2), ranks(scores, 1), -scores.diagonal(0, 1, 2))): found[name][rows] = values.ravel()
+    return found if len(sizes) > (None in sizes) else {}
 
 def read_split(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple[dict, dict, list[str]]:
     "What only the model can tell: the loss of the true captions, ranks within galleries if asked, the captions it writes."
     written = write_answers(model, tokenizer, data.clips, data.prompts, signals)
-    per_clip = gallery_ranks(model, tokenizer, data, signals) if retrieval and data.prompts is None else {}
-    if np.isnan(per_clip.get("loss", np.nan)).any():
-        per_clip["loss"] = -score_captions(model, tokenizer, data.clips, data.captions, signals, prompts=data.prompts).numpy()
-    return per_clip, {}, written
+    read = gallery_scores(model, tokenizer, data, signals) if retrieval and data.prompts is None else {}
+    left = np.flatnonzero(np.isnan(read.setdefault("loss", np.full(len(data.clips), np.nan))))       # a gallery has told the others' loss
+    if len(left):
+        at, prompts = torch.from_numpy(left), data.prompts and [data.prompts[i] for i in left]
+        read["loss"][left] = -score_captions(model, tokenizer, data.clips[at], [data.captions[i] for i in left], signals[at], prompts=prompts).numpy()
+    return read, {}, written
 
 def scored(read:tuple, captions:list, asked:bool=False) -> tuple[dict, dict, list[str]]:
     "(per clip, whole set, captions written): what `read_split` returned, with the scores of its captions (or answers) added."
@@ -133,14 +133,14 @@ def evaluate(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple
     return scored(read, data.captions, True) if data.prompts else scored(read, data.references)
 
 # %% ../nbs/12a_runs.ipynb #a2695f21
-def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate) -> dict:
-    "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint."
+def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate, memory:int|None=None) -> dict:
+    "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint. `memory`: bytes that a step may need."
     train, log, optimizer = data["train"].first(config.train_clips), {"loss": [], "seconds": 0.}, None
     model, tokenizer = build(repo_path(config.base), config, seed, calibration=(train.clips, train.captions))
     if config.steps:
         trainer = Trainer(model, tokenizer, train.clips, train.references, config, seed, [asked_of(r) for r in train.records])
         checkpoint = folder and Path(folder)/f"seed{seed}.checkpoint.safetensors"
-        log, optimizer = fit(trainer, checkpoint, label=f"{name} seed {seed}"), trainer.optimizer
+        log, optimizer = fit(trainer, checkpoint, label=f"{name} seed {seed}", memory=memory), trainer.optimizer
     cost, about = cost_of(model, optimizer, log["seconds"], len(log["loss"])), audit(model).to_dict("records")    # as it was trained
     begin, results = time.perf_counter(), {}
     for split, part in data.items():
@@ -233,7 +233,7 @@ def side_by_side(work, items:list) -> list:
 
 def _one_seed(params:Params, name:str, config:RunConfig, frames, folder, splits, seed:int) -> dict:
     data = {split: load_split(params, config, split, frames) for split in splits}
-    result = run_seed(name, config, seed, data, folder)
+    result = run_seed(name, config, seed, data, folder, memory=free_memory())
     scores = ", ".join(f"{split} {result['results'][split][0]['exact'].mean():.3f}" for split in splits[1:])
     print(f"{name}, seed {seed}: exact match {scores}; {result['cost']['train_seconds']:.0f} s training", flush=True)
     return result

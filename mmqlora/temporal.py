@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
-           'features', 'gate_values', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'GatedLinear',
-           'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers', 'wire_gates',
-           'set_frame_signals', 'standardized']
+           'token_table', 'features', 'gate_values', 'slopes', 'from_table', 'GateVariant', 'static_gate',
+           'gated_delta', 'Gated', 'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig',
+           'FrameState', 'gated_layers', 'wire_gates', 'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
 from dataclasses import dataclass, field, replace
@@ -103,6 +103,15 @@ def token_units(layout:Layout) -> tuple[torch.Tensor, int]:
         layout.cache["ids"] = torch.where(seen, unit, -1).view_as(ids), times
     return layout.cache["ids"]
 
+# %% ../nbs/08_temporal.ipynb #cb14962d
+def token_table(layout:Layout, width:int) -> tuple:
+    "Features of the units (units + 1, width), the last for text, and the row of each token (B*L,): (None, None) where no token belongs to a frame."
+    if layout.ids is None: return None, None
+    if layout.signal is None: raise InputError("frame signals", "a gated model ran without them", "call set_frame_signals(model, signals) first")
+    unit, times = token_units(layout)
+    rows = layout.units(times)[:, :width]
+    return rows, torch.where(unit < 0, len(rows) - 1, unit).flatten()
+
 # %% ../nbs/08_temporal.ipynb #cf6f1464
 def _frame_rows(layout, x):
     return layout.units(_times(len(x), sum(layout.frames), "frames in all"))[:-1], (len(x), *[1]*(x.ndim - 2))
@@ -149,6 +158,28 @@ class _ScaleGradient(torch.autograd.Function):
 
 scale_gradient = _ScaleGradient.apply
 
+def slopes(rows:torch.Tensor, variant) -> torch.Tensor:
+    "The fixed weight (1, 1 + C) of a 'gradient' gate."
+    return torch.cat([rows.new_zeros(1, 1), rows.new_full((1, variant.signals), variant.slope/variant.signals)], 1)
+
+# %% ../nbs/08_temporal.ipynb #ffb137f7
+def _table(state, adapter:str, variant) -> tuple:
+    "({layer: its columns of the table}, (tokens, units + 1) matrix that picks a row for each token) of this forward pass."
+    units, index = token_table(state.layout, variant.width)
+    layers = [m for m in state.layers if m.space == "token" and adapter in m.lora_gate and isinstance(m.lora_variant.get(adapter), GateVariant)]
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)             # checkpointing of the layer that asks first has no part in it
+    with keep: columns = gate_values(units, torch.cat([m.lora_gate[adapter] for m in layers])).split([len(m.lora_gate[adapter]) for m in layers], 1)
+    return dict(zip(layers, columns)), (index[:, None] == torch.arange(len(units), device=index.device)).to(columns[0].dtype)
+
+def from_table(module, adapter:str, x:torch.Tensor, variant) -> torch.Tensor | None:
+    "Gates for the input x of a layer that sees tokens; None if they are to be computed for it alone."
+    state, kind = module.frame_state, variant.kind
+    if kind == "gradient" or module.space != "token" or not state.shares or state.layout.ids is None or x.shape[:-1] != state.layout.ids.shape: return None
+    key = "table", adapter, torch.is_grad_enabled(), torch.is_autocast_enabled()
+    if key not in state.layout.cache: state.layout.cache[key] = _table(state, adapter, variant)
+    columns, pick = state.layout.cache[key]
+    return (pick @ columns[module]).view(*x.shape[:-1], -1)             # a product: its gradient sums in a fixed order
+
 # %% ../nbs/08_temporal.ipynb #5b52391e
 class GateVariant(LoraVariant):
     "The peft variant of one adapter: LoRA's forward with the gate between A and B."
@@ -166,10 +197,10 @@ class GateVariant(LoraVariant):
         "Gates for the input x, shaped to multiply A x; None where all are 1."
         if module.frame_state is None: raise InputError(f"adapter '{adapter}'", "its gates are not wired", "mmqlora.load does it, or wire_gates(model)")
         if self.kind == "gradient" and not torch.is_grad_enabled(): return None
+        if (shared := from_table(module, adapter, x, self)) is not None: return shared
         rows, shape = features(module.frame_state.layout, module.space, x, self.width)
         if rows is None: return None
-        weight = rows.new_tensor([[0.] + [self.slope/self.signals]*self.signals]) if self.kind == "gradient" else module.lora_gate[adapter]
-        return gate_values(rows, weight).view(*shape, -1)
+        return gate_values(rows, slopes(rows, self) if self.kind == "gradient" else module.lora_gate[adapter]).view(*shape, -1)
 
     def forward(self, module, active_adapter:str, x, result, gate=0, **kwargs):
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
@@ -261,7 +292,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = TemporalLoraConfig
 # %% ../nbs/08_temporal.ipynb #b1f6067d
 class FrameState:
     "What the hooks note and the gated layers read: the layout of the current forward pass."
-    def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.handles = layout, False, [], []
+    def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.layers, self.shares, self.handles = layout, False, [], [], True, []
 
     def set(self, signal, frames=None):
         signal, frames = flat_signals(signal, frames)
@@ -277,6 +308,7 @@ class FrameState:
         self.layout = replace(self.layout, ids=None if seen is None else ids, tower=tower, cache={},
                               pixels=tuple(seen.shape) if isinstance(seen, torch.Tensor) else None)
         self.inside = True
+        self.shares = not any(_reentrant(layer) for layer in self.checkpointed)
         for layer in self.checkpointed: _remember(layer, self)
         return args, kwargs
 
@@ -292,6 +324,12 @@ class _Remembered:
         now, self.state.layout = self.state.layout, layout
         try: return forward(*args, **kwargs)
         finally: self.state.layout = now
+
+def _reentrant(layer) -> bool:
+    "Whether a layer is checkpointed in the way that runs a backward pass of its own."
+    function = layer.__dict__.get("_gradient_checkpointing_func")
+    function = getattr(function, "function", function)
+    return layer.gradient_checkpointing and layer.training and getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 def _remember(layer, state):
     function = layer.__dict__.get("_gradient_checkpointing_func")
@@ -370,6 +408,7 @@ def wire_gates(
     state = next((m.frame_state for m in layers.values() if getattr(m, "frame_state", None) is not None), None)
     if state is None: _hook(model, base, state := FrameState(Layout(family, base.config)))
     state.checkpointed = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
+    state.layers = [m for m in layers.values() if isinstance(m, Gated)]
     for name, layer in layers.items():
         if isinstance(layer, Gated): _give_space(base, name, layer, state)
     return state

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['signal_scale', 'gate_signals', 'caption_loss', 'rows_of_step', 'rate_at', 'make_optimizer', 'trained_tensors',
-           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Trainer', 'fit', 'calibration_batches',
-           'chosen_ranks', 'chosen_sizes', 'build']
+           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Batches', 'Trainer', 'fit',
+           'calibration_batches', 'chosen_ranks', 'chosen_sizes', 'build']
 
 # %% ../nbs/09_train.ipynb #d6da6057
 import json, math, time
@@ -26,9 +26,11 @@ from .config import CHANNELS, LOW_RANK, RunConfig
 from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
 from .joint import apply_bits, options_for, plan, requantized
 from .lean import lean
+from .ledger import expected_peak
 from .model import linears, load_model
 from .prune import START, Pruner
 from .ranks import module_ranks, storage_bytes
+from .steps import MasterAdamW, MicroBatches, rows_of
 from .tasks import draw_tasks
 from .temporal import gated_layers, set_frame_signals
 
@@ -57,6 +59,7 @@ def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:s
 def caption_loss(model, batch:dict, reduction:str="mean") -> torch.Tensor:
     "Cross-entropy of the caption tokens. 'mean': over all of them; 'none': (B, L), 0 at padding."
     labels = batch["labels"]
+    if reduction == "mean" and hasattr(model, "_mmqlora"): return model(**batch, use_cache=False).loss       # `low_memory` finds the labels itself
     first = int((labels != -100).any(0).float().argmax())
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, logits_to_keep=labels.shape[1] - first + 1, use_cache=False).logits[:, :-1]
@@ -76,8 +79,8 @@ def rate_at(step:int, steps:int, warmup:int) -> float:
     "Learning rate at a step, as a fraction of its peak: linear warm-up, then a cosine down to 5 %."
     return min(1., (step + 1)/max(1, warmup))*(.05 + .95*.5*(1 + math.cos(math.pi*step/steps)))
 
-def make_optimizer(model, config:RunConfig) -> torch.optim.AdamW:
-    "AdamW over what is trainable; gates have their own learning rate and no weight decay."
+def make_optimizer(model, config:RunConfig) -> torch.optim.Optimizer:
+    "AdamW over what is trainable, with fp32 masters where that has 16 bits; gates have their own learning rate and no weight decay."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     gates = [p for n, p in named if "lora_gate" in n]
     factors = [p for n, p in named if "ia3_" in n]                       # at 1 when nothing is learned: not to be pulled to 0
@@ -86,6 +89,7 @@ def make_optimizer(model, config:RunConfig) -> torch.optim.AdamW:
     if factors: groups.append(dict(params=factors, lr=config.lr, weight_decay=0.))
     if gates: groups.append(dict(params=gates, lr=config.lr*config.gate_lr, weight_decay=0.))
     for group in groups: group["peak"] = group["lr"]
+    if any(p.dtype != torch.float32 for _, p in named): return MasterAdamW(groups, betas=(.9, .98))
     return torch.optim.AdamW(groups, betas=(.9, .98), fused=True)
 
 # %% ../nbs/09_train.ipynb #03a2817d
@@ -132,38 +136,89 @@ def _all_ids(tokenizer, captions, where:str) -> list[list[int]]:
 def _one_of(ids:list[list[int]], seed:int, step:int, clip:int) -> list[int]:
     return ids[0] if len(ids) == 1 else ids[int(rng_for(seed, "reference", step, clip).integers(len(ids)))]
 
-# %% ../nbs/09_train.ipynb #086636c6
-class Trainer:
-    "One model, one set of clips, one seed: `step(n)` is everything that happens in step n. A clip may have a list of captions."
+# %% ../nbs/09_train.ipynb #0305c6fb
+class Batches:
+    "Clips and what is to be said of them: `batch(n)` is what step n sees."
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None):
-        self.model, self.tokenizer, self.config, self.seed, self.asked = model, tokenizer, config, seed, asked
-        self.clips, self.references = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
+        self.tokenizer, self.config, self.seed, self.asked = tokenizer, config, seed, asked
+        self.clips, self.captions = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
         _check_told(clips, captions, asked, config)
         self.signals = gate_signals(clips, config.gate_signal, clips, seed)
-        if gated_layers(model): keep_signal_scale(model, clips)
-        self.captions, self.optimizer = [ids[0] for ids in self.references], make_optimizer(model, config)
-        self.device, self.tokens, self.trained = next(model.parameters()).device, tokens_per_frame(model.config), [p for p in model.parameters() if p.requires_grad]
-        self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
+        self.device, self.tokens = next(model.parameters()).device, tokens_per_frame(model.config)
 
     def told(self, n:int, rows) -> tuple[list[list[int]], list[str] | None]:
         "Answers (token ids) and prompts of the clips in step n; None: plain captions."
-        if self.config.tasks == ["caption"]: return [_one_of(self.references[i], self.seed, n, i) for i in rows.tolist()], None
+        if self.config.tasks == ["caption"]: return [_one_of(self.captions[i], self.seed, n, i) for i in rows.tolist()], None
         prompts, answers = zip(*draw_tasks([self.asked[i] for i in rows], self.config.tasks, rng_for(self.seed, "tasks", n)))
         return [caption_ids(self.tokenizer, a, "answer") for a in answers], list(prompts)
 
-    def step(self, n:int) -> float:
+    def batch(self, n:int) -> dict:
+        "Model inputs on the model's device, and what the gates see: frame signals and, where clips differ in it, the number of frames."
         rows = rows_of_step(n, self.config.batch_size, len(self.clips), self.seed)
         answers, prompts = self.told(n, rows)
         batch = collate(self.tokenizer, self.clips[rows], answers, self.tokens, prompts)
-        set_frame_signals(self.model, self.signals[rows], None if self.clips.frames is None else self.clips.frames[rows])
+        frames = {} if self.clips.frames is None else dict(frames=self.clips.frames[rows])
+        return {k: v.to(self.device) for k, v in batch.items()} | dict(signals=self.signals[rows], **frames)
+
+# %% ../nbs/09_train.ipynb #04491b3b
+class Trainer(Batches):
+    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit)."
+    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None):
+        super().__init__(model, tokenizer, clips, captions, config, seed, asked)
+        self.model, self.micro = model, at_once and MicroBatches(at_once)
+        if gated_layers(model): keep_signal_scale(model, clips)
+        self.optimizer = make_optimizer(model, config)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
+
+    def loss(self, batch:dict, reduction:str="mean") -> torch.Tensor:
+        batch = dict(batch)
+        frames = batch.pop("frames", None)
+        if frames is not None: batch["pixel_values"] = batch["pixel_values"][:, :int(frames.max())]     # part of a batch may be shorter than the whole
+        set_frame_signals(self.model, batch.pop("signals"), frames)
+        return caption_loss(self.model, batch, reduction)
+
+    def step(self, n:int) -> float:
+        batch = self.batch(n)
         for group in self.optimizer.param_groups: group["lr"] = group["peak"]*rate_at(n, self.config.steps, self.config.warmup)
-        loss = caption_loss(self.model, {k: v.to(self.device) for k, v in batch.items()})
         self.optimizer.zero_grad()
-        loss.backward()
+        loss = self.gradients(batch)
         nn.utils.clip_grad_norm_(self.trained, 1.)
         self.optimizer.step()
         if self.pruner: self.pruner(n)
-        return float(loss.detach())
+        return loss
+
+# %% ../nbs/09_train.ipynb #a98d54e8
+def _gradients(self:Trainer, batch:dict) -> float:
+    "Mean loss of a batch; its gradient is left in the parameters."
+    try:
+        if self.micro is None:
+            loss = self.loss(batch)
+            loss.backward()
+            return float(loss.detach())
+    except torch.OutOfMemoryError: self.micro = MicroBatches(max(1, len(batch["labels"])//2))
+    return self.micro(self._loss_sum, [p for p in self.model.parameters() if p.requires_grad], batch)
+
+def _loss_sum(self:Trainer, part:dict) -> torch.Tensor:
+    "Summed loss of some clips."
+    if hasattr(self.model, "_mmqlora"): return self.loss(part)*(part["labels"][:, 1:] != -100).sum()
+    return self.loss(part, "none").sum()
+
+# %% ../nbs/09_train.ipynb #eb0c8d15
+def _fits_or_raise(self:Trainer, memory:int):
+    "Raises `InputError`, with the nearest setting that fits, if a step needs more than `memory` bytes. Takes seconds for a small model."
+    batch, sizes = self.batch(0), {}
+    size = whole = min(self.micro.size if self.micro else self.config.batch_size, self.config.batch_size)
+    while size and (size == whole or sizes[2*size if 2*size in sizes else whole] > memory):
+        sizes[size] = expected_peak(self.loss, self.model, rows_of(batch, 0, size))
+        if sizes[size] <= memory: break
+        size //= 2
+    if size == whole: return
+    mib = lambda n: f"{n/2**20:.0f} MiB"
+    fix = f"the nearest that fits: at_once={size} ({mib(sizes[size])})" if size else f"one clip needs {mib(sizes[1])}: fewer frames, smaller ranks or `low_memory(model)`"
+    raise InputError("memory", f"a step with {whole} clips at once needs {mib(sizes[whole])}, there are {mib(memory)}", fix)
+
+Trainer.gradients, Trainer._loss_sum, Trainer.fits_or_raise = _gradients, _loss_sum, _fits_or_raise
 
 # %% ../nbs/09_train.ipynb #a210860b
 def fit(
@@ -172,6 +227,7 @@ def fit(
     every:int=100,       # Steps between checkpoints
     label:str="",        # Shown in the progress line
     stop:int|None=None,  # Stop before this step (to show resuming)
+    memory:int|None=None,  # Bytes that a step may need: checked before the first one (`planner.free_memory()` of a GPU)
 )->dict:                 # {"loss": per step, "seconds": training time}
     "Train to the end of the schedule, resuming from `checkpoint` if it exists. A loss that is not finite is an `InputError`."
     config = trainer.config
@@ -180,6 +236,7 @@ def fit(
     state = {"key": key, "step": 0, "loss": [], "seconds": 0.}
     if checkpoint and Path(checkpoint).is_file(): state = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, key)
     trainer.model.train()
+    if memory is not None: trainer.fits_or_raise(memory)
     last, begin = min(stop or config.steps, config.steps), time.perf_counter() - state["seconds"]
     for n in tqdm(range(state["step"], last), initial=state["step"], total=config.steps, desc=label, mininterval=5, leave=False):
         loss = trainer.step(n)

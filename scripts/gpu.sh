@@ -21,12 +21,19 @@ unpack() {
   ls -la $kept
 }
 
+share() {   # many small kernels of many processes at a time on a card, instead of one process after the other
+  command -v nvidia-cuda-mps-control > /dev/null || return 0
+  export CUDA_MPS_PIPE_DIRECTORY=$kept/mps CUDA_MPS_LOG_DIRECTORY=$kept/mps-log; mkdir -p $kept/mps $kept/mps-log
+  nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY
+  trap 'echo quit | nvidia-cuda-mps-control > /dev/null 2>&1; kill $(jobs -p) 2> /dev/null' EXIT
+}
+
 check() {
   python3 -c "import torch, bitsandbytes, av, gguf, pydantic; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info())"
   nproc; df -h /dev/shm | tail -1; free -g | head -2; watch
-  local clips='{train: 256, dev: 40, test: 80, ood: 40}' runs='{zeroshot: {method: frozen}, full: {method: full}, lora: {method: lora}, qlora: {}, tqlora-k4: {frames: 4, gate: rank, signals: dense}}'
+  local clips='{train: 256, dev: 40, test: 80, ood: 40}' runs='{zeroshot: {method: frozen}, full: {method: full}, lora: {method: lora}, qlora: {}, tqlora: {selector: uniform, frames: 4, gate: rank, signals: dense}}'
   local small=(--set "profiles.gpu.clips=$clips" --set "profiles.gpu.corpus.clips=$clips" --set profiles.gpu.steps=20 --set 'profiles.gpu.seeds=[0, 1]'
-    --set gpu.clips=3000 --set gpu.tower_seconds=12 --set gpu.seconds=${ALIGN:-75} --set 'frames.selectors=[entropy]' --set "runs=$runs" --set profiles.gpu.only=null --set 'profiles.gpu.runs={}' --set 'gpu.grid={qlora: {lr: [1.0e-3]}}')
+    --set gpu.clips=3000 --set gpu.tower_seconds=12 --set gpu.seconds=${ALIGN:-75} --set 'frames.selectors=[entropy, uniform]' --set "runs=$runs" --set profiles.gpu.only=null --set 'profiles.gpu.runs={}' --set 'gpu.grid={qlora: {lr: [1.0e-3]}}')
   gpu corpus "${small[@]}" & local made=$!
   gpu base "${small[@]}" || gpu base "${small[@]}" --set gpu.compile=false --set gpu.batch_size=64
   wait $made
@@ -37,15 +44,16 @@ check() {
 
 base() {
   watch
-  (sleep ${WAIT:-50}; gpu corpus) > /dev/null & local made=$!
+  (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
   gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96
   wait $made
+  share
   gpu tune --deadline $((begin + $1 - 20))
   python3 scripts/gpu.py pack
 }
 
 runs() {
-  watch
+  watch; share
   gpu runs --deadline $((begin + $1 - 40)) "${@:2}"
   python3 scripts/gpu.py pack
 }

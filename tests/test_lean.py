@@ -36,7 +36,7 @@ def test_evaluation_computes_in_the_precision_of_training(training, short, monke
     t = trainer(training, short, monkeypatch, lean)
     t.step(0)
     clips, captions = training
-    batch = train.collate(t.tokenizer, clips, t.captions, t.tokens)
+    batch = train.collate(t.tokenizer, clips, [ids for ids, in t.captions], t.tokens)
     t.model.train()
     with torch.no_grad(): loss = float(train.caption_loss(t.model, batch, "none").sum())
     t.model.eval()

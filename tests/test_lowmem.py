@@ -7,12 +7,19 @@ from tiny_models import FAMILIES, build, video_inputs, videos
 from torch import nn
 from torch.nn import functional as F
 
+from mmqlora.batch import ClipSet, build_tokenizer
 from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
 from mmqlora.blocks import Lin, dense, lin_forward
+from mmqlora.config import RunConfig
 from mmqlora.core import InputError
-from mmqlora.ledger import peak_of
+from mmqlora.ledger import expected_peak, peak_of
 from mmqlora.lowmem import LEVERS, FeatureCache, linear_loss, low_memory, towers
+from mmqlora.model import linears, new_model, save_model, small_config
+from mmqlora.scenes import vocabulary
 from mmqlora.steps import MasterAdamW, MicroBatches, pack, packed
+from mmqlora.temporal import GATES, TemporalLoraConfig, set_frame_signals, wire_gates
+from mmqlora.train import Trainer, fit
+from mmqlora.train import build as build_run
 
 BLOCKED = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "video_llama_3", "video_llava", "llava_onevision", "internvl", "qwen2_5_omni"}
 
@@ -210,3 +217,77 @@ def test_an_adapter_that_is_not_plain_lora_keeps_its_layer_stock():
     report = low_memory(model)
     assert "2 checkpointed" in report.done["blocks"] and "LoRA variant" in report.done["blocks"]
     assert model(**video_inputs("qwen2_5_vl")).loss.isfinite()
+
+
+def gated(family, gate, levers=None, **options):
+    "A 4-bit model with temporal gates on the linears of its text model; with `levers`, after `low_memory`."
+    model = build(family)
+    quantize_linears(model, skip=("lm_head", "embed_out"))
+    torch.manual_seed(0)
+    text = {n: 4 if i % 2 else 2 for i, n in enumerate(linears(model)["text"])}                # ranks that differ
+    model = peft.get_peft_model(model.requires_grad_(False), TemporalLoraConfig(r=4, lora_alpha=8, target_modules=list(text), rank_pattern=text, gate=gate))
+    wire_gates(model)
+    for n, p in model.named_parameters():
+        if "lora_B" in n or "lora_gate" in n: p.data.normal_(std=.3)
+    if levers is not None: low_memory(model, levers, **options)
+    return model.train()
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_vl", "video_llama_3", "video_llava"])
+def test_gated_layers_run_as_blocks_with_the_same_gradients(family, gate):
+    batch, z = video_inputs(family), torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    results = []
+    for levers in (None, tuple(LEVERS)):
+        model = gated(family, gate, levers, mlp_bytes=2000)
+        set_frame_signals(model, z)
+        results.append(gradients(model, batch))
+    assert "2 layers as blocks" in model._mmqlora.done["blocks"]
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6) and distance(results[1][1], results[0][1]) < 1e-5
+    for key in ("lora_gate", "lora_A"):
+        parts = [{n: g for n, g in found.items() if key in n} for _, found in results]
+        assert not parts[0] or distance(*parts) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    "A tiny base on disk, clips and captions: what a `Trainer` needs, with changes to the configuration."
+    folder, tokenizer, noise = tmp_path_factory.mktemp("base"), build_tokenizer(vocabulary()), torch.Generator().manual_seed(0)
+    size = dict(hidden=64, layers=1, mlp=128)
+    save_model(folder, new_model(small_config(tokenizer, size, size)), tokenizer, {})
+    clips = ClipSet(torch.randint(0, 256, (16, 3, 3, 32, 32), dtype=torch.uint8, generator=noise), torch.tensor([[.1, .4, .8]]*16), torch.rand(16, 3, 2, generator=noise))
+    captions = ["first the red disc hops , and then the blue bar expands .", "the red disc hops ."]*8
+
+    def trainer(change=lambda model: None, **more):
+        config = RunConfig(method="qlora", ranks={"text": 4}, steps=4, batch_size=8, warmup=1, lr=1e-2, **more)
+        model, _ = build_run(folder, config, device="cpu")
+        change(model)
+        return Trainer(model, tokenizer, clips, captions, config)
+    return trainer
+
+
+@pytest.mark.parametrize("gate", ["none", "rank"])
+def test_our_trainer_trains_a_model_after_low_memory_as_before(small_run, gate):
+    plain, ours = fit(small_run(gate=gate)), fit(small_run(low_memory, gate=gate))
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
+def test_adapters_of_16_bits_are_trained_with_masters(small_run):
+    def half(model):
+        for n, p in model.named_parameters():
+            if "lora_" in n: p.data = p.data.bfloat16()
+    trainer = small_run(half)
+    assert isinstance(trainer.optimizer, MasterAdamW)
+    assert isinstance(small_run().optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("change", [lambda model: None, low_memory])
+def test_a_step_that_would_not_fit_is_refused_before_it_starts_with_the_nearest_that_does(small_run, change):
+    trainer = small_run(change, gate="rank")
+    trainer.model.train()
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    batch = trainer.batch(0)
+    whole, half = (expected_peak(trainer.loss, trainer.model, {k: v[:n] for k, v in batch.items()}) for n in (8, 4))
+    with pytest.raises(InputError, match=r"8 clips at once .* at_once=4"): fit(trainer, memory=(whole + half)//2)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    assert len(fit(trainer, memory=whole)["loss"]) == 4

@@ -34,7 +34,8 @@ def params(tmp_path_factory):
     "A repository with two runs, 8 clips a split, 4 frames of 48 pixels; its corpus and its base model."
     root, patch = tmp_path_factory.mktemp("tier"), pytest.MonkeyPatch()
     data = yaml.safe_load((ROOT/"params.yaml").read_text())
-    data["runs"] = {"zeroshot": {"method": "frozen", "seeds": [0, 1]}, "tqlora": {"gate": "rank"}, "early": {"frames": 2, "method": "full"}}
+    data["runs"] = {"zeroshot": {"method": "frozen", "seeds": [0, 1]}, "tqlora": {"gate": "rank", "checks": ["retention", "disorder"]},
+                    "early": {"frames": 2, "method": "full", "tasks": ["caption", "languages", "questions", "instructions"], "checks": ["tasks"]}}
     data["frames"]["selectors"] = ["entropy"]
     profile = data["profiles"]["gpu"]
     profile |= dict(clips=CLIPS, steps=2, seeds=[0, 1], runs={}, only=None)
@@ -71,6 +72,7 @@ def test_a_queue_goes_on_with_what_is_missing_and_ends_in_complete_records(param
     for run, record in records.items():
         check_record(record, run)
         assert record["tier"] == "gpu" and record["base"] and record["date"] and len(record["per_clip"]["test.exact"]) == len(record["config"]["seeds"])
+    assert {"test.exact_disordered", "base.exact"} <= set(records["tqlora"]["metrics"]) and "test.questions" in records["early"]["metrics"]
     assert records["tqlora"]["cost"]["trainable_params"] > 0 == records["zeroshot"]["cost"]["trainable_params"]
 
 
