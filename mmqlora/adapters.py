@@ -12,6 +12,7 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -130,7 +131,7 @@ def load_adapter(model:nn.Module, folder, trainable:bool=False):
     stored = read_json(Path(folder)/"adapter_config.json")
     if bits := stored.get("bits"): apply_bits(model, bits)                # a base in full precision, or an `InputError`
     if "method" in stored: return _load_ours(model, Path(folder), stored).train(trainable)
-    config_class = TemporalLoraConfig if "gate" in stored else peft.PeftConfig.from_pretrained(folder).__class__
+    config_class = TemporalLoraConfig if "gate" in stored else PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
     adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
