@@ -10,9 +10,10 @@ from statistics import median
 
 import torch
 
-from .adapters import _unpacked, adapt
+from .adapters import adapt
 from .benchmark import BIG, KINDS, _dtype, _memory, _sync, build_base, clean, efficiency, make_batch, measure, set_up, stepper
 from .lifecycle import merge
+from .model import same_precision
 from .ranks import adapter_bytes, trainable
 from .temporal import set_frame_signals
 
@@ -20,7 +21,7 @@ from .temporal import set_frame_signals
 def method_model(name:str, method:str, device:str, small:bool=False, rank:int=16, gate:str="none"):
     "An architecture in 4 bits with one method on its language model; matrices that start at zero get small numbers."
     model = adapt(build_base(name, device, _dtype(device), small), method, {"text": rank}, gate=gate)
-    if small: _unpacked(model)                                         # matrices this small have no kernel of their own on a CPU
+    if small: same_precision(model)                                         # matrices this small have no kernel of their own on a CPU
     torch.manual_seed(1)
     for n, p in model.named_parameters():
         if p.requires_grad and any(part in n for part in ("lora_B", "lora_gate", "adapter_up.", "adapter_gate")): p.data.normal_(std=.01)
