@@ -39,6 +39,7 @@ class Setting:
     def where(self) -> str: return {"keep": "head on the GPU", "host": "head in host memory", "stream": "head streamed from host memory"}[self.head]
     def __str__(self): return ", ".join([f"{self.frames} frames", f"rank {self.rank}", self.weights, self.checkpointing, self.where])
 
+# %% ../nbs/12d_planner.ipynb #a8152de8
 @dataclass(frozen=True)
 class Prediction:
     "What a step of a setting needs. Bytes, operations, counts; seconds after a calibration."
@@ -138,6 +139,7 @@ class _Same:
     def __hash__(self): return hash(self.key)
     def __eq__(self, other): return self.key == other.key
 
+# %% ../nbs/12d_planner.ipynb #a9afbdae
 def _hopeless(config, setting:Setting, memory:int) -> bool:
     "Whether two short clips already say that a long one will not fit: imagining it takes a while."
     if setting.frames <= 64: return False
