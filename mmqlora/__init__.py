@@ -24,6 +24,8 @@ ROOMS = {
     "families": "declare_family Family",
     "temporal": "set_frame_signals wire_gates",
     "ranks": "audit",
+    "budget": "joint_plan joint_options",
+    "joint": "front apply_bits",
     "adapters": "adapt",
     "lifecycle": "export merge",
     "train": "Trainer build fit",

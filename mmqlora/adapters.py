@@ -12,12 +12,14 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .bottleneck import add_bottlenecks, bottleneck_bytes
 from .core import InputError, atomic_path, read_json, write_json
 from .families import family_of
+from .joint import apply_bits
 from .model import bits_of, linears, same_precision
 from .prefix import add_prefixes, prefix_bytes
 from .ranks import adapter_tensors, audit, rank_settings
@@ -117,7 +119,9 @@ def save_adapter(model, folder):
     settings, folder = getattr(model, "adapter_settings", None), Path(folder)
     if settings is None:
         if not any(p.requires_grad for p in model.parameters()): raise InputError("save_adapter", "a frozen model has nothing to save")
-        return model.save_pretrained(folder)
+        model.save_pretrained(folder)
+        bits, path = getattr(model, "planned_bits", None), folder/"adapter_config.json"
+        return write_json(path, read_json(path) | {"bits": bits}) if bits and path.is_file() else None      # of the joint allocation
     write_json(folder/"adapter_config.json", settings)
     tensors = {n: p.detach().contiguous() for n, p in adapter_tensors(model).items()}
     with atomic_path(folder/"adapter_model.safetensors") as tmp: save_file(tensors, tmp)
@@ -125,8 +129,9 @@ def save_adapter(model, folder):
 def load_adapter(model:nn.Module, folder, trainable:bool=False):
     "The adapter in `folder` on a freshly loaded base. Raises `InputError` for a folder without one, or one that does not fit."
     stored = read_json(Path(folder)/"adapter_config.json")
+    if bits := stored.get("bits"): apply_bits(model, bits)                # a base in full precision, or an `InputError`
     if "method" in stored: return _load_ours(model, Path(folder), stored).train(trainable)
-    config_class = TemporalLoraConfig if "gate" in stored else peft.PeftConfig.from_pretrained(folder).__class__
+    config_class = TemporalLoraConfig if "gate" in stored else PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
     adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)

@@ -61,19 +61,20 @@ def corpus(force: Annotated[bool, typer.Option(help="Render again even if every 
 
 # %% ../nbs/15_cli.ipynb #acdd13f1
 @command
-def train(run: Annotated[str, typer.Argument(help="Name of a run in params.yaml.")]):
-    "Train and evaluate one run of params.yaml; writes results/<profile>/<run>.json and keeps the adapters."
+def train(runs: Annotated[list[str], typer.Argument(help="Names of runs in params.yaml.")]):
+    "Train and evaluate runs of params.yaml; writes results/<profile>/<run>.json and keeps the adapters."
     from mmqlora.config import run_config
     params = load_params()
-    run_config(params, run)                                              # an unknown run fails before torch is loaded
+    for run in runs: run_config(params, run)                             # an unknown run fails before torch is loaded
     from mmqlora.runs import run_experiment
-    record = run_experiment(params, run)
-    write_json(repo_path("results", params.profile, f"{run}.json"), record)
-    table = Table("metric", "value", "95 % interval", title=f"{run} ({params.profile})")
-    shown = ("test.exact", "test.slots", "test.vqa", "test.cider", "test.t2v_r1", "ood.exact")
-    for name, m in ((n, record["metrics"][n]) for n in shown if n in record["metrics"]):
-        table.add_row(name, f"{m['value']:.3f}", "" if m["ci95"] is None else "{:.3f} to {:.3f}".format(*m["ci95"]))
-    console.print(table)
+    for run in runs:
+        record = run_experiment(params, run)
+        write_json(repo_path("results", params.profile, f"{run}.json"), record)
+        table = Table("metric", "value", "95 % interval", title=f"{run} ({params.profile})")
+        shown = ("test.exact", "test.slots", "test.vqa", "test.cider", "test.t2v_r1", "ood.exact")
+        for name, m in ((n, record["metrics"][n]) for n in shown if n in record["metrics"]):
+            table.add_row(name, f"{m['value']:.3f}", "" if m["ci95"] is None else "{:.3f} to {:.3f}".format(*m["ci95"]))
+        console.print(table)
 
 # %% ../nbs/15_cli.ipynb #a626ef01
 @command

@@ -174,6 +174,7 @@ def apply_bits(model:nn.Module, bits:dict) -> nn.Module:
     "Replace linears of a full-precision model by ones of `bits` (module -> nf4, fp4, int8 or bf16), and check the result."
     known = {n for ms in linears(model).values() for n in ms}
     if unknown := sorted(set(bits) - known): raise InputError("bits", f"no linear {unknown[0]}")
+    if any(bits_of(model.get_submodule(n)) < 16 for n in bits): raise InputError("bits", "the base is quantized already", "load_model(..., quantization='none')")
     for name, b in bits.items(): model.set_submodule(name, requantized(model.get_submodule(name), b))
     wanted = {n: {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16}[b] for n, b in bits.items()}
     if wrong := [n for n, w in wanted.items() if bits_of(model.get_submodule(n)) != w]: raise InputError("bits", f"{wrong[0]} has {bits_of(model.get_submodule(wrong[0]))}")

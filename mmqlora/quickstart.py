@@ -9,7 +9,7 @@ __all__ = ['load']
 from pathlib import Path
 
 from .adapters import load_adapter
-from .core import InputError
+from .core import InputError, read_json
 from .lean import lean
 from .model import load_model
 
@@ -24,5 +24,6 @@ def load(
     "The base model, with a trained adapter on it if one is given. Raises `InputError` for a folder without one."
     if adapter and not (Path(adapter)/"adapter_config.json").is_file():
         raise InputError(adapter, "holds no adapter_config.json", "give the folder that save_pretrained wrote")
-    model, tokenizer = load_model(base, quantization, device=device)
+    planned = adapter and "bits" in read_json(Path(adapter)/"adapter_config.json")      # by the joint allocation, module by module
+    model, tokenizer = load_model(base, "none" if planned else quantization, device=device)
     return (lean(load_adapter(model, adapter, trainable)) if adapter else model), tokenizer

@@ -8,13 +8,14 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text',
            'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'metric_macros', 'cost_macros', 'diff_macros',
            'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros', 'measured', 'planner_errors',
-           'efficiency_macros', 'names_of', 'gpu_pair', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged',
-           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
-           'baselines_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'audit_table',
-           'corpus_table', 'abilities_table', 'efficiency_table', 'levers_table', 'gpu_table', 'tasks_table',
-           'retention_table', 'gpu_beyond_table', 'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table',
-           'provenance_table', 'laws_table', 'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure',
-           'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'processor_macros', 'efficiency_macros', 'names_of', 'gpu_pair', 'gpu_macros', 'by_corruption',
+           'beyond_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
+           'gates_table', 'ranks_table', 'baselines_table', 'retrieval_table', 'ood_table', 'cost_table',
+           'significance_table', 'audit_table', 'corpus_table', 'abilities_table', 'efficiency_table', 'levers_table',
+           'processor_table', 'rates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
+           'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table',
+           'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure', 'markdown_table', 'results_markdown',
+           'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -93,6 +94,7 @@ class Evidence:
     tune: dict                                        # results/tune.json
     efficiency: dict                                  # results/efficiency.json
     gpu: dict                                         # run -> result record of the tier gpu, as far as there are any
+    cpu: dict                                         # results/benchmarks/cpu.json
 
 # %% ../nbs/14a_report.ipynb #d5045a7c
 GPU_PLAN = """zeroshot full lora qlora qlora-uniform-k4 qlora-k4 qlora-cover-k4 tqlora tqlora-constant tqlora-shuffled tqlora-random tqlora-scalar
@@ -109,7 +111,7 @@ def _complete(record, where) -> bool:
     except InputError: return False
     return True
 
-def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json") -> Evidence:
+def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json") -> Evidence:
     "Read all that the report needs; whatever is missing is an `InputError` that names it."
     params = load_params()
     weights = repo_path(base, "model.safetensors")
@@ -117,7 +119,8 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
         if not path.is_file(): raise InputError(path, "no such file", "dvc repro frames pretrain")
     read = {name: read_json(repo_path(frames, f"{name}.json")) for name in ("corpus", "selection")}
     return Evidence(tier, params, load_results(tier, params), contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
-                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), **read)
+                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(),
+                    cpu=read_json(repo_path(cpu)), **read)
 
 # %% ../nbs/14a_report.ipynb #5716c83c
 def decimals(metric:str) -> int:
@@ -285,6 +288,12 @@ def planner_errors(e:Evidence) -> np.ndarray:
     "Predicted over measured peak, minus one, of every step that was measured."
     return np.array([p["peak"]/p["measured_peak"] - 1 for p in e.efficiency["predictions"] if p.get("measured_peak")])
 
+def processor_macros(e:Evidence) -> dict:
+    "cpu.<run>.<of_plain, of_plain_lean, total_mib, stock_mib>: a step of the tier cpu; total and stock count what is held and what the step adds."
+    def mib(way): return number(sum(way[f"{k}_bytes"] for k in ("stored", "dense", "optimizer", "step"))/2**20, 1)
+    return {f"cpu.{run}.{k}": v for run, c in e.cpu["costs"].items() for k, v in
+            dict(of_plain=number(c["of_plain"], 2), of_plain_lean=number(c["of_plain_lean"], 2), total_mib=mib(c["ways"]["lean"]), stock_mib=mib(c["ways"]["stock"])).items()}
+
 def efficiency_macros(e:Evidence) -> dict:
     "eff.<way>.<frames>.<gib, s> of the large model; eff.less, eff.faster: stock (logits at labels) over lean; eff.gradient.*, eff.planner.*."
     out = {"eff.gpu": e.efficiency["hardware"].get("gpu", "a GPU"), "eff.cells": str(len(step_cells(e.efficiency["cells"], None)))}
@@ -344,7 +353,7 @@ def merged(*families:dict) -> dict:
 def macros(e:Evidence) -> dict:
     "key -> printed value, for every number the paper may quote."
     return merged(metric_macros(e.records), cost_macros(e.records), diff_macros(comparisons(e.records)), ood_macros(e.records),
-                  about_macros(e), law_macros(e), efficiency_macros(e), gpu_macros(e), beyond_macros(e.records))
+                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), gpu_macros(e), beyond_macros(e.records))
 
 # %% ../nbs/14a_report.ipynb #8381e342
 def _line(cells) -> str: return " & ".join(cells) + r" \\"
@@ -505,6 +514,27 @@ def levers_table(e:Evidence) -> str:
     cells = [c for c in step_cells(e.efficiency["cells"]) if c["frames"] == 32]
     return _steps(sorted(cells, key=lambda c: (kind(c), -c["peak_bytes"])), {"Lever": lambda c: run_name(c["way"])})
 
+def processor_table(e:Evidence) -> str:
+    "A step of the tier cpu: time over the same step in plain PyTorch, and bytes by the allocator's count, in MiB."
+    def mib(size): return number(size/2**20, 1)
+    def row(c):
+        stock, ours = c["ways"]["stock"], c["ways"]["lean"]
+        held = [mib(ours[f"{k}_bytes"]) for k in ("stored", "dense", "optimizer")]
+        return [number(c["of_plain"], 2), number(c["of_plain_lean"], 2), *held, mib(stock["step_bytes"]), mib(ours["step_bytes"])]
+    over = r"& \multicolumn{2}{c}{Time over} & \multicolumn{3}{c}{Held, MiB} & \multicolumn{2}{c}{Step, MiB} \\ \cmidrule(lr){2-3}\cmidrule(lr){4-6}\cmidrule(lr){7-8}"
+    header = [over, ["Run", "stock", "ours", "stored", "copies", "optimizer", "stock", "ours"]]
+    return tabular("l" + "r"*7, header, [[run_name(run), *row(c)] for run, c in e.cpu["costs"].items()])
+
+def rates_table(e:Evidence) -> str:
+    "Clips per second: one process of the tier cpu by itself, then whole runs of every profile, per seed."
+    def run_rates(r):
+        seen, c = sum(len(r["per_clip"][f"{s}.exact"][0]) for s in SPLITS), r["cost"]
+        return [number(r["config"]["steps"]*r["config"]["batch_size"]/c["train_seconds"], 0), "", "", number(seen/c["eval_seconds"], 0)]
+    alone = [["cpu, alone", run_name(run), *(number(r[k], 0) for k in ("training", "captions", "retrieval")), ""] for run, r in e.cpu["rates"].items()]
+    known = [(tier, run, records[run]) for tier, records in ((e.tier, e.records), ("gpu", e.gpu)) for run in e.cpu["rates"] if run in records]
+    runs = [[tier, run_name(run), *run_rates(r)] for tier, run, r in known if r["cost"]["train_seconds"] and r["cost"]["eval_seconds"]]
+    return tabular("llrrrr", [["Profile", "Run", "Training", "Captions", "Retrieval", "Evaluation"]], [*alone, None, *runs])
+
 def gpu_table(e:Evidence) -> str:
     "The runs of the tier gpu that are complete, or one line that says that there is none."
     if not e.gpu: return tabular("l", [["Tier gpu"]], [["no run of this tier is complete"]])
@@ -581,12 +611,12 @@ def provenance_table(e:Evidence) -> str:
         return [_list(r["config"].get("seeds", [])), *(rf"\texttt{{{r[k]}}}" for k in ("config_hash", "code_version")),
                 *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)]
     header = ["Run", "Seeds", "Configuration", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
-    lent = [[f"gpu: {run_name(run)}", *row(r)] for run, r in e.gpu.items()] + [["efficiency", *row(e.efficiency)]]
+    lent = [[f"gpu: {run_name(run)}", *row(r)] for run, r in e.gpu.items()] + [["efficiency", *row(e.efficiency)], ["processor", *row(e.cpu)]]
     return tabular("lllllllr", [header], [*([run_name(run), *row(r)] for run, r in e.records.items()), None, *lent])
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
-              baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table,
+              baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table,
               tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table,
               laws=lambda e: laws_table(laws(e)), errors=lambda e: examples_table(e.records))
 

@@ -173,7 +173,9 @@ class Trainer(Batches):
 
     def loss(self, batch:dict, reduction:str="mean") -> torch.Tensor:
         batch = dict(batch)
-        set_frame_signals(self.model, batch.pop("signals"), batch.pop("frames", None))
+        frames = batch.pop("frames", None)
+        if frames is not None: batch["pixel_values"] = batch["pixel_values"][:, :int(frames.max())]     # part of a batch may be shorter than the whole
+        set_frame_signals(self.model, batch.pop("signals"), frames)
         return caption_loss(self.model, batch, reduction)
 
     def step(self, n:int) -> float:

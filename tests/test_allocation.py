@@ -1,6 +1,7 @@
 "Allocation at equal bytes: budgets are met, optima are optima, the same seed decides the same."
 import itertools
 import re
+import warnings
 
 import numpy as np
 import peft
@@ -8,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmqlora.adapters import load_adapter
+from mmqlora.adapters import load_adapter, save_adapter
 from mmqlora.allocate import allocate, best_ranks, budget_of, gains_of, measure, rank_bytes
-from mmqlora.batch import pixel_values
+from mmqlora.batch import ClipSet, pixel_values
+from mmqlora.budget import joint_options
 from mmqlora.config import RunConfig
-from mmqlora.core import InputError, repo_path, rng_for
+from mmqlora.core import InputError, read_json, repo_path, rng_for
 from mmqlora.joint import BITS, Option, front, options_for, output_error, plan, solve
 from mmqlora.model import linears, load_model
 from mmqlora.predict import score_captions
 from mmqlora.prune import lora_layers
+from mmqlora.quickstart import load
 from mmqlora.ranks import adapter_bytes, audit, audit_modules, rank_settings
 from mmqlora.train import Trainer, build, calibration_batches, fit, trained_tensors
 
@@ -148,6 +151,43 @@ def test_the_front_never_rises_with_the_budget_and_ends_at_the_best_of_everythin
     assert plan(options, high).frames == 8 and plan(options, low).frames == 2
 
 
+@pytest.fixture(scope="module")
+def offered(training):
+    "Every option with 2, 4 or 8 frames, 16 clips a step."
+    model, tokenizer = load_model(BASE, "none", device="cpu")
+    clips, captions = training
+    def batches(k): return calibration_batches(model, tokenizer, fewer(clips, k), captions, run("joint"), seed=0)
+    return joint_options(model, {k: batches(k) for k in (2, 4, 8)}, EVERYWHERE, clips=16, missed={2: .5, 4: .2, 8: 0.}, state=4)
+
+
+def fewer(clips, k): return ClipSet(*(v[:, ::clips.pixels.shape[1]//k] for v in (clips.pixels, clips.position, clips.signal)))
+
+
+def test_bits_ranks_and_frames_under_one_budget_equal_brute_force(offered):
+    groups = {}
+    for o in offered: groups.setdefault(o.group, []).append(o)
+    kinds = {kind: [g for g in groups if g[0] == kind] for kind in ("bits", "rank", "frames")}
+    some = [*kinds["bits"][:2], *kinds["rank"][:2], *kinds["frames"]]
+    options = [o for g in some for o in groups[g]]
+    ways = [(sum(o.bytes for o in w), sum(o.loss for o in w), w) for w in itertools.product(*(groups[g] for g in some))]
+    seen = set()
+    for budget in np.linspace(min(b for b, *_ in ways), max(b for b, *_ in ways), 9):
+        found, best = plan(options, budget), min((w for w in ways if w[0] <= budget), key=lambda w: w[1])
+        assert found.bytes <= budget and found.loss == pytest.approx(best[1], abs=1e-6)
+        seen.add(found.frames)
+    assert seen == {2, 4, 8}                                              # the budget decides the frames
+
+
+def test_frames_cost_the_activations_of_a_step_and_a_plan_states_its_bytes(offered):
+    frames = {o.choice: o.bytes for o in offered if o.group == ("frames",)}
+    assert 0 < frames[2] < frames[4] < frames[8] and (frames[8] - frames[4])/(frames[4] - frames[2]) == pytest.approx(2, rel=.2)
+    budget = 1.5*frames[4]
+    found = plan(offered, budget)
+    adapters = sum(o.bytes for o in offered if o.group[0] == "rank" and found.ranks[o.group[1]] == o.choice)
+    weights = sum(o.bytes for o in offered if o.group[0] == "bits" and found.bits[o.group[1]] == o.choice)
+    assert found.bytes == weights + adapters + frames[found.frames] <= budget
+
+
 def test_more_bits_mean_less_output_error_and_more_bytes_in_every_module(measured):
     table = output_error(*measured)
     error, size = (table.pivot(index="module", columns="bits", values=v)[list(BITS)].to_numpy() for v in ("error", "bytes"))
@@ -171,6 +211,24 @@ def test_a_joint_plan_is_in_the_model_bit_for_bit_and_trains(training):
     assert .99*900_000 < resident(model) == asked.bytes <= 900_000
     loss = fit(Trainer(model, tokenizer, *training, config))["loss"]
     assert loss[-1] < loss[0]
+
+
+@pytest.mark.parametrize("gate", ["none", "rank"])
+def test_a_joint_adapter_loaded_again_restores_the_bits_of_every_module(training, gate, tmp_path):
+    config = run("joint", budget_bytes=900_000, gate=gate)
+    model, tokenizer = built(training, config)
+    fit(Trainer(model, tokenizer, *training, config))
+    save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Unexpected keyword arguments")
+        again, _ = load(BASE, tmp_path, device="cpu")
+    columns = ["module", "bits", "rank"]
+    assert audit_modules(again)[columns].equals(audit_modules(model)[columns]) and read_json(tmp_path/"adapter_config.json")["bits"] == model.planned_bits
+    clips, captions = training
+    assert torch.equal(score_captions(again, tokenizer, clips, captions), score_captions(model, tokenizer, clips, captions))
+    with pytest.raises(InputError, match="quantized already.*quantization='none'"): load_adapter(load_model(BASE, "nf4", device="cpu")[0], tmp_path)
+    if gate == "none":                                                    # plain peft says what it does not understand
+        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['bits'\]"): peft.PeftConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("gate", ["none", "rank"])

@@ -168,3 +168,21 @@ def test_layers_that_see_no_frame_stay_plain_lora():
         model = adapted(tiny_models.build(family))
         assert not any(n.startswith(f"base_model.model.{none}") for n in gated_layers(model))
         assert all(space_of(model.get_base_model(), n.removeprefix("base_model.model.")) for n in gated_layers(model))
+
+
+def test_linears_that_share_a_weight_or_ignore_an_adapter_are_refused_by_name():
+    model = tiny_models.build("internvl")
+    one, two = list(linears(model)["text"].items())[:2]
+    same = next((n, m) for n, m in linears(model)["text"].items() if n != one[0] and m.weight.shape == one[1].weight.shape)
+    same[1].weight = one[1].weight
+    with pytest.raises(InputError, match=f"'{one[0]}' and '{same[0]}' share one weight.*NO_TOWER"): linears(model)
+    model = tiny_models.build("internvl")
+    model.model.language_model.layers[0].self_attn.extra = nn.MultiheadAttention(16, 2)
+    with pytest.raises(InputError, match="lies in nn.MultiheadAttention, which would ignore an adapter"): linears(model)
+
+
+def test_the_output_head_and_what_it_is_tied_to_get_no_adapter_in_any_family():
+    for family in tiny_models.FAMILIES:
+        model = adapted(tiny_models.build(family), "none")
+        head = model.get_base_model().get_output_embeddings()
+        assert head is None or not hasattr(head, "lora_A"), family

@@ -96,6 +96,14 @@ def test_a_method_sits_where_it_was_asked_to_and_nowhere_else(method, modality):
     assert table["adapter_bytes"][modality] == 4*table["params"][modality]
 
 
+@pytest.mark.parametrize("method", PREFIX)
+@pytest.mark.parametrize("where", [("vision", "text"), ("fusion", "text"), ("vision", "fusion"), ("vision", "fusion", "text")], ids="+".join)
+def test_a_method_sits_in_any_combination_of_towers(method, where):
+    table = audit(adapt(fresh(QUANTIZATION[method])[0], method, ranks=dict.fromkeys(where, 4))).set_index("modality")
+    silent = ("fusion",) if method == "prefix" else ()                    # its connector has no attention
+    assert {m for m, n in table["params"].items() if n} == set(where) - set(silent)
+
+
 @pytest.mark.parametrize("method", ["bottleneck", "prefix", "ia3", "qdora"])
 def test_captions_are_written_and_galleries_read_from_the_callers_cache(training, method):
     clips, captions = training

@@ -1,4 +1,5 @@
 "Metrics: parity with the toolkits they are said to follow, hard input, ties, intervals and tests that keep their level."
+import itertools
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from torchmetrics.functional.retrieval import (
 
 from mmqlora.core import InputError
 from mmqlora.errors import error_counts, error_kinds
+from mmqlora.meteor import align, meteor_exact
 from mmqlora.metrics import (
     caption_metrics, clip_metrics, normalize_answer, ptb_tokenize, ranks, sacre_metrics, tokenize, vqa_accuracy)
 from mmqlora.retrieval import average_precision, both_ways, first_ranks, ndcg, query_scores, retrieval_metrics
@@ -135,6 +137,32 @@ def test_without_java_meteor_and_ptb_are_errors_that_say_so(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     for options in (dict(meteor=True), dict(tokenizer="ptb")):
         with pytest.raises(InputError, match="needs Java.*install a Java runtime"): caption_metrics(["a b"], [["a b"]], **options)
+
+
+def test_meteor_exact_finds_the_alignment_with_most_matches_and_fewest_chunks():
+    def brute(said, true):
+        best = (0, 0)
+        for picks in itertools.product(*([None, *(j for j, t in enumerate(true) if t == w)] for w in said)):
+            used = [j for j in picks if j is not None]
+            if len(set(used)) < len(used): continue
+            chunks = sum(j is not None and (i == 0 or picks[i - 1] is None or j != picks[i - 1] + 1) for i, j in enumerate(picks))
+            best = min(best, (-len(used), chunks))
+        return -best[0], best[1]
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        said, true = ([str(w) for w in rng.choice(list("abc"), int(n))] for n in rng.integers(1, 7, 2))
+        assert align(said, true) == brute(said, true)
+
+
+def test_meteor_exact_is_a_name_of_its_own_and_needs_no_java(monkeypatch, example):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert np.mean(meteor_exact(*example)) == pytest.approx(.376, abs=.001)                  # METEOR 1.5 has .195: another scale
+    assert "meteor" not in caption_metrics(*(part[:20] for part in example))
+
+
+def test_no_committed_result_holds_a_score_that_needs_java():
+    records = [json.loads(p.read_text()) for p in sorted((ROOT/"results").glob("*/*.json"))]
+    assert records and not [m for r in records for m in r["metrics"] if "meteor" in m]
 
 
 def test_empty_predictions_count_as_wrong():

@@ -280,6 +280,30 @@ def test_float16_and_bfloat16_adapters_run_beside_their_base():
             assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in grads.values())
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+def test_under_autocast_a_gate_is_what_it_is_without_but_for_rounding(family, gate):
+    model, batch = tiny(family, gate).train(), tiny_models.video_inputs(family)
+    plain, grads = loss_and_gradients(model, batch, signals())
+    with torch.autocast("cpu", torch.bfloat16): cast, again = loss_and_gradients(model, batch, signals())
+    assert torch.allclose(plain, cast.float(), rtol=.02) and grads.keys() == again.keys()
+    def direction(g): return torch.cat([t.flatten().float() for n, t in sorted(g.items())])
+    assert torch.cosine_similarity(direction(grads), direction(again), 0) > .98
+    assert all(t.dtype == torch.float32 for t in again.values())
+
+
+def test_the_constant_control_has_the_mean_of_the_signals_it_replaces():
+    from mmqlora.batch import ClipSet
+    from mmqlora.train import gate_signals
+    noise = torch.Generator().manual_seed(0)
+    clips = ClipSet(torch.zeros(64, 4, 3, 8, 8, dtype=torch.uint8), torch.zeros(64, 4), torch.rand(64, 4, 2, generator=noise)**3)
+    signals = {kind: gate_signals(clips, kind, clips) for kind in ("motion", "constant", "shuffled", "random")}
+    assert signals["constant"].unique().numel() == 1
+    for kind in ("motion", "shuffled"): assert torch.allclose(signals[kind].mean((0, 1)), signals["constant"].mean((0, 1)), atol=1e-5)
+    assert torch.equal(signals["shuffled"].sort(1)[0], signals["motion"].sort(1)[0]) and not torch.equal(signals["shuffled"], signals["motion"])
+    assert torch.allclose(signals["random"].mean((0, 1)), torch.zeros(2), atol=.2)
+
+
 def test_gates_have_a_learning_rate_of_their_own():
     from mmqlora.config import RunConfig
     from mmqlora.train import make_optimizer

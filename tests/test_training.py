@@ -205,6 +205,9 @@ def test_a_run_on_an_adaptive_budget_trains_and_refuses_shuffled_signals(trainin
     model, tokenizer = build(BASE, short.model_copy(update=GATED), device="cpu")
     losses = fit(Trainer(model, tokenizer, padded, captions, short.model_copy(update=GATED)))["loss"]
     assert losses[-1] < losses[0]
+    model, _ = build(BASE, short.model_copy(update=GATED), device="cpu")
+    parts = fit(Trainer(model, tokenizer, padded, captions, short.model_copy(update=GATED), at_once=1))["loss"]
+    assert parts == pytest.approx(losses, abs=1e-3)                        # clip by clip it is the same
     with pytest.raises(InputError, match="shuffled needs clips of equally many frames"): gate_signals(padded, "shuffled", padded)
 
 
