@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', 'BIG', 'RATE', 'shrink', 'config_of',
-           'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'make_batch', 'stock', 'set_up',
-           'clean', 'measure', 'stepper', 'step_cell', 'packed_cell', 'gradient_cell', 'profile_cell', 'count_cell',
-           'cells', 'name_of', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor']
+           'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
+           'stock', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell', 'gradient_cell',
+           'profile_cell', 'count_cell', 'cells', 'name_of', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
 import gc, time, traceback
@@ -119,22 +119,42 @@ def _ids(config, blocks:list[list[int]], device, text:int=TEXT):
     labels[:, :-LABELS] = -100
     return dict(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids))
 
+def _square(size) -> int: return size if isinstance(size, int) else size[0]
+
+def frame_tokens(config, frames:int, grid:int) -> list[list[int]]:
+    "Blocks of visual tokens of one clip, as the processor of its family places them. Raises `InputError` for a family whose inputs are not known."
+    kind, vision = config.model_type, config.vision_config
+    side = _square(getattr(vision, "image_size", 0))//_square(vision.patch_size)
+    image, video = (getattr(config, f"{name}_token_id", None) for name in ("image", "video"))
+    known = {"smolvlm": lambda: [[image]*(side//config.scale_factor)**2]*frames, "internvl": lambda: [[image]*config.image_seq_length]*frames,
+             "idefics": lambda: [[min(1000, config.vocab_size//2) + 1]]*frames, "video_llava": lambda: [[video]*(side**2 + 1)]*frames,
+             "llava_onevision": lambda: [[video]*(-(-side//2))**2]*frames + [[video]], "video_llama_3": lambda: [[video]*(frames*(grid//2)**2)],
+             "qwen3_vl": lambda: [[5, *[video]*(grid//2)**2] for _ in range(frames//2)]}
+    known |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), lambda: [[video]*(frames//2*(grid//2)**2)])
+    if kind not in known: raise InputError(f"family '{kind}'", "its inputs are not known to the planner", f"a family of {', '.join(known)}")
+    return known[kind]()
+
+# %% ../nbs/12c_benchmark.ipynb #6dd0ea9f
 def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336) -> dict:
-    "Inputs for one clip of `frames` frames."
-    config = model.config
-    kind, patch = config.model_type, config.vision_config.patch_size
-    random, where = None if device == "meta" else torch.Generator(device).manual_seed(frames), device
+    "Inputs for one clip of `frames` frames (`side`: their pixels, where the tower takes any size)."
+    config, where = model.config, device
+    kind, patch = config.model_type, _square(config.vision_config.patch_size)
+    random = None if device == "meta" else torch.Generator(device).manual_seed(frames)
     noise = lambda *shape: torch.randn(*shape, generator=random, device=where, dtype=dtype)
     device = "cpu" if device == "meta" else device                     # ids and grids stay real
+    batch = _ids(config, frame_tokens(config, frames, n := side//patch), device)
+    size = _square(getattr(config.vision_config, "image_size", side))
     if kind == "idefics":
-        size = config.vision_config.image_size
-        batch = _ids(config, [[min(1000, config.vocab_size//2) + 1]*frames], device)
-        return dict(**batch, pixel_values=noise(1, frames, 3, size, size), image_attention_mask=torch.ones(1, batch["input_ids"].shape[1], frames, dtype=torch.long, device=device))
-    n, pair = side//patch, 1 if kind == "video_llama_3" else 2
-    grid, per = torch.tensor([[frames//pair, n, n]], device=device), 3*pair*patch**2
-    tokens = frames//pair*(n//2)**2
-    batch = dict(**_ids(config, [[config.video_token_id]*tokens], device), pixel_values_videos=noise(frames//pair*n*n, per), video_grid_thw=grid)
-    if pair == 1: return dict(**batch, video_merge_sizes=torch.tensor([2], device=device), video_compression_mask=torch.ones(tokens, dtype=torch.bool, device=device))
+        seen = torch.ones(1, batch["input_ids"].shape[1], frames, dtype=torch.long, device=device)
+        return dict(**batch, pixel_values=noise(1, frames, 3, size, size), image_attention_mask=seen)
+    if kind == "smolvlm":                                              # drops black frames: looks at its pixels, imagined or not
+        return dict(**batch, pixel_values=torch.ones(1, frames, 3, size, size, dtype=dtype, device=device) if where == "meta" else noise(1, frames, 3, size, size))
+    if kind == "internvl": return dict(**batch, pixel_values=noise(frames, 3, size, size))
+    if kind in ("video_llava", "llava_onevision"): return dict(**batch, pixel_values_videos=noise(1, frames, 3, size, size))
+    pair = 1 if kind == "video_llama_3" else 2
+    grid = torch.tensor([[frames//pair, n, n]], device=device)
+    batch = dict(**batch, pixel_values_videos=noise(frames//pair*n*n, 3*pair*patch**2), video_grid_thw=grid)
+    if pair == 1: return dict(**batch, video_merge_sizes=torch.tensor([2], device=device), video_compression_mask=torch.ones(frames*(n//2)**2, dtype=torch.bool, device=device))
     return dict(**batch, mm_token_type_ids=2*(batch["input_ids"] == config.video_token_id).int())
 
 # %% ../nbs/12c_benchmark.ipynb #5e135b17

@@ -150,18 +150,18 @@ def _bytes(text:str) -> int:
 def plan(model: Annotated[str, typer.Argument(help="Folder with a config.json, hub name, or an architecture of the benchmark (qwen2.5-vl-7b, ...).")],
          memory: Annotated[str, typer.Option(help="Memory of the GPU, such as 8GiB.")],
          frames: Annotated[int | None, typer.Option(min=2, help="Frames of a clip (default: as many as fit).")] = None,
-         rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+         rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters (default: 16, or less where that does not fit).")] = None,
          side: Annotated[int, typer.Option(help="Pixels of a frame, where the tower takes any size.")] = 336):
     "Say what a training step needs, from the configuration alone, and the best setting that fits a memory."
     size = _bytes(memory)                                                # a wrong size fails before torch is loaded
     from mmqlora.planner import Calibration, gib
     from mmqlora.planner import plan as best
     p = best(model, size, frames, rank, side)
-    table = Table("", "", title=f"{model}: {p.setting}", show_header=False)
-    for name, value in dict(peak=gib(p.peak), resident=gib(p.resident), optimizer=gib(p.optimizer), activations=gib(p.activations)).items(): table.add_row(name, value)
-    table.add_row("tokens", f"{p.tokens:,}")
-    table.add_row("operations", f"{p.flops/1e12:.1f} TFLOP")
-    table.add_row("step on an H100", f"at least {1000*Calibration().bound(p):.0f} ms")
+    card, table = Calibration(), Table("", "", title=f"{model} in {memory}", show_header=False)
+    rows = {"weights": p.setting.weights, "checkpointing": p.setting.checkpointing, "head": p.setting.where, "frames": str(p.setting.frames), "rank": str(p.setting.rank),
+            "tokens": f"{p.tokens:,}", "resident": gib(p.resident), "optimizer": gib(p.optimizer), "activations": gib(p.activations), "peak": gib(p.peak),
+            "operations": f"{p.flops/1e12:.1f} TFLOP", "step on an H100": f"about {1000*card.seconds(p):.0f} ms"}
+    for name, value in rows.items(): table.add_row(name, value)
     console.print(table)
 
 def main():

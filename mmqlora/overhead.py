@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['SMALL_ONE', 'ALL_KINDS', 'EVERY', 'METHODS', 'method_model', 'one_clip', 'seen', 'method_cell', 'alternate',
-           'gates_cell', 'repeated', 'caption_rate', 'captions_cell', 'overhead_cells', 'lease']
+           'gates_cell', 'repeated', 'caption_rate', 'captions_cell', 'base_cell', 'base_cells', 'overhead_cells',
+           'lease']
 
 # %% ../nbs/12ca_overhead.ipynb #36bf6dea
 import gc, time
@@ -12,8 +13,10 @@ import torch
 
 from .adapters import adapt
 from .benchmark import BIG, KINDS, _dtype, _memory, _sync, build_base, clean, efficiency, make_batch, measure, set_up, stepper
+from .core import repo_path
+from .ledger import peak_of
 from .lifecycle import merge
-from .model import same_precision
+from .model import load_model, same_precision
 from .ranks import adapter_bytes, trainable
 from .temporal import set_frame_signals
 
@@ -21,7 +24,7 @@ from .temporal import set_frame_signals
 def method_model(name:str, method:str, device:str, small:bool=False, rank:int=16, gate:str="none"):
     "An architecture in 4 bits with one method on its language model; matrices that start at zero get small numbers."
     model = adapt(build_base(name, device, _dtype(device), small), method, {"text": rank}, gate=gate)
-    if small: same_precision(model)                                         # matrices this small have no kernel of their own on a CPU
+    if small: same_precision(model)                                    # matrices this small have no kernel of their own on a CPU
     torch.manual_seed(1)
     for n, p in model.named_parameters():
         if p.requires_grad and any(part in n for part in ("lora_B", "lora_gate", "adapter_up.", "adapter_gate")): p.data.normal_(std=.01)
@@ -88,9 +91,10 @@ def gates_cell(cell:dict, device:str, small:bool) -> dict:
 
 # %% ../nbs/12ca_overhead.ipynb #5bd69591
 def repeated(batch:dict, n:int) -> dict:
-    "The clip of a batch `n` times (families that pack their patches)."
-    packs = ("pixel", "grid", "merge_sizes", "compression_mask")
-    return {k: torch.cat([v]*n) if any(p in k for p in packs) else v.repeat(n, *[1]*(v.ndim - 1)) for k, v in batch.items()}
+    "The clip of a batch `n` times."
+    packs = ("grid", "merge_sizes", "compression_mask")
+    packed = lambda k, v: any(p in k for p in packs) or k.startswith("pixel") and v.ndim < 5
+    return {k: torch.cat([v]*n) if packed(k, v) else v.repeat(n, *[1]*(v.ndim - 1)) for k, v in batch.items()}
 
 def caption_rate(generate, clips:int, device:str, times:int=2) -> dict:
     "Captions per second and peak bytes of `generate()`, after one call that does not count."
@@ -117,9 +121,31 @@ def captions_cell(cell:dict, device:str, small:bool) -> dict:
         return model.generate(**batch, **options)
     with torch.no_grad(): return caption_rate(generate, clips, device) | dict(merge_error=error, tokens=batch["input_ids"].shape[1])
 
+# %% ../nbs/12ca_overhead.ipynb #182daea5
+def base_cell(cell:dict, device:str, small:bool) -> dict:
+    "Captions per second of a base model in a folder, its adapter as it is or merged, on the CPU."
+    model, _ = load_model(repo_path(cell["model"]), "nf4", device="cpu")
+    model = adapt(model, "qlora", {"text": 8}, gate="rank" if cell["adapter"] == "gated" else "none").eval()
+    torch.manual_seed(1)
+    for n, p in model.named_parameters():
+        if "lora_B" in n: p.data.normal_(std=.01)
+    if cell["adapter"] == "merged": model, _ = merge(model)
+    clips, words = (2, 3) if small else (cell["clips"], cell["words"])
+    batch = repeated(make_batch(model, cell["frames"], "cpu", torch.float32), clips)
+    signals, _ = torch.randn(clips, cell["frames"], 2), batch.pop("labels")
+    def generate():
+        set_frame_signals(model, signals)
+        return model.generate(**batch, max_new_tokens=words, min_new_tokens=words, do_sample=False, use_cache=cell["cache"])
+    with torch.no_grad(): return caption_rate(generate, clips, "cpu", 3) | dict(peak_bytes=peak_of(generate, model), tokens=batch["input_ids"].shape[1])
+
+def base_cells(folder:str="models/base") -> list[dict]:
+    "What `base_cell` measures."
+    told = lambda adapter, frames, cache=True: dict(kind="base", model=folder, adapter=adapter, frames=frames, cache=cache, clips=40, words=20)
+    return [*(told(a, f) for f in (8, 4) for a in ("qlora", "merged", "gated")), told("merged", 8, False)]
+
 # %% ../nbs/12ca_overhead.ipynb #c5e70c7f
 SMALL_ONE = "qwen2-vl-2b"
-ALL_KINDS = KINDS | {"method": method_cell, "gates": gates_cell, "captions": captions_cell}
+ALL_KINDS = KINDS | {"method": method_cell, "gates": gates_cell, "captions": captions_cell, "base": base_cell}
 EVERY = ["tower", "windows", "adapters", "embeddings", "head_host", "label_loss", "blocks", "ours", "ours_small", "ours_graphs"]
 METHODS = [("frozen", "none"), ("qlora", "none"), ("qdora", "none"), ("bottleneck", "none"), ("prefix", "none"), ("ia3", "none"),
            *(("qlora", g) for g in ("scalar", "rank", "time", "gradient"))]
