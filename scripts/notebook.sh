@@ -5,4 +5,5 @@ set -euo pipefail
 notebook=$1; shift
 executed=artifacts/executed/$(basename "$notebook" .ipynb)${3:+-$3}.ipynb
 mkdir -p "$(dirname "$executed")"
-exec python -m papermill "$notebook" "$executed" -k python3 --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr "$@"
+# `-` and not /dev/stdout: opening that would empty a log that somebody writes to
+exec python -m papermill "$notebook" "$executed" -k python3 --no-progress-bar --stdout-file - --stderr-file - "$@"
