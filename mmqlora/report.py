@@ -7,12 +7,12 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'SURVIVES', 'DATA_LAW', 'LAWS', 'LEAN', 'CALIBRATED', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE',
            'check_record', 'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count',
            'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'metric_macros',
-           'cost_macros', 'diff_macros', 'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros', 'measured',
-           'planner_errors', 'processor_macros', 'planner_delays', 'gate_macros', 'efficiency_macros', 'names_of',
-           'gpu_pair', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged', 'macros', 'tabular', 'cell',
-           'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
+           'cost_macros', 'diff_macros', 'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros',
+           'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros', 'efficiency_macros',
+           'names_of', 'gpu_pair', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged', 'macros', 'tabular',
+           'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
            'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'audit_table', 'corpus_table',
-           'abilities_table', 'efficiency_table', 'levers_table', 'processor_table', 'rates_table', 'gatecost_table',
+           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
            'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
            'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table',
            'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure', 'markdown_table', 'results_markdown',
@@ -277,6 +277,13 @@ def law_macros(e:Evidence) -> dict:
             "law.verdict": flat["verdict"], "law.change": percent(flat["change"]), "law.change.lo": percent(low), "law.change.hi": percent(high),
             "law.exponent": number(fit.law.a[0], 2), "law.error": number(fit.error), "law.constant": number(fit.constant_error)}
 
+# %% ../nbs/14a_report.ipynb #e8f02aee
+def processor_macros(e:Evidence) -> dict:
+    "cpu.<run>.<of_plain, of_plain_lean, total_mib, stock_mib>: a step of the tier cpu; total and stock count what is held and what the step adds."
+    def mib(way): return number(sum(way[f"{k}_bytes"] for k in ("stored", "dense", "optimizer", "step"))/2**20, 1)
+    return {f"cpu.{run}.{k}": v for run, c in e.cpu["costs"].items() for k, v in
+            dict(of_plain=number(c["of_plain"], 2), of_plain_lean=number(c["of_plain_lean"], 2), total_mib=mib(c["ways"]["lean"]), stock_mib=mib(c["ways"]["stock"])).items()}
+
 # %% ../nbs/14a_report.ipynb #9bb676ed
 LEAN = ("ours_small", "ours_least", "ours")           # the leanest way that was measured stands for `lean`
 
@@ -288,12 +295,6 @@ def measured(e:Evidence, way:str, frames:int, model:str=BIG) -> dict|None:
 def planner_errors(e:Evidence) -> np.ndarray:
     "Predicted over measured peak, minus one, of every step that was measured."
     return np.array([p["peak"]/p["measured_peak"] - 1 for p in e.efficiency["predictions"] if p.get("measured_peak")])
-
-def processor_macros(e:Evidence) -> dict:
-    "cpu.<run>.<of_plain, of_plain_lean, total_mib, stock_mib>: a step of the tier cpu; total and stock count what is held and what the step adds."
-    def mib(way): return number(sum(way[f"{k}_bytes"] for k in ("stored", "dense", "optimizer", "step"))/2**20, 1)
-    return {f"cpu.{run}.{k}": v for run, c in e.cpu["costs"].items() for k, v in
-            dict(of_plain=number(c["of_plain"], 2), of_plain_lean=number(c["of_plain_lean"], 2), total_mib=mib(c["ways"]["lean"]), stock_mib=mib(c["ways"]["stock"])).items()}
 
 def _of_kind(e:Evidence, *kinds) -> list[dict]:
     "The cells of these kinds that were measured."
@@ -527,26 +528,7 @@ def abilities_table(e:Evidence) -> str:
     half = len(rows)//2
     return tabular("llrllr", [["Asked", "Kind", "Exact"]*2], [a + b for a, b in zip(rows[:half], rows[half:])])
 
-# %% ../nbs/14a_report.ipynb #a593abe9
-EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
-
-def _steps(cells, names:dict) -> str:
-    def row(c): return [*(f(c) for f in names.values()), number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])]
-    return tabular("l"*len(names) + "rr", [[*names, "Peak GiB", "ms/step"]], [row(c) for c in cells])
-
-def efficiency_table(e:Evidence) -> str:
-    "Peak and time of a step, stock and ours, by model and frames."
-    cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED]
-    cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c["peak_bytes"]))
-    return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]), "Step": lambda c: run_name(c["way"])})
-
-def levers_table(e:Evidence) -> str:
-    "Each lever of the low-memory step by itself, on the large model at 32 frames, between the stock step and all together."
-    def kind(c): return 0 if c["way"].startswith("stock") else 2 if c["way"].startswith("ours") else 1
-    cells = [c for c in step_cells(e.efficiency["cells"]) if c["frames"] == 32]
-    return _steps(sorted(cells, key=lambda c: (kind(c), -c["peak_bytes"])), {"Lever": lambda c: run_name(c["way"])})
-
-# %% ../nbs/14a_report.ipynb #43000788
+# %% ../nbs/14a_report.ipynb #e5c8a6da
 def processor_table(e:Evidence) -> str:
     "A step of the tier cpu: time over the same step in plain PyTorch, and bytes by the allocator's count, in MiB."
     def mib(size): return number(size/2**20, 1)
@@ -567,6 +549,25 @@ def rates_table(e:Evidence) -> str:
     known = [(tier, run, records[run]) for tier, records in ((e.tier, e.records), ("gpu", e.gpu)) for run in e.cpu["rates"] if run in records]
     runs = [[tier, run_name(run), *run_rates(r)] for tier, run, r in known if r["cost"]["train_seconds"] and r["cost"]["eval_seconds"]]
     return tabular("llrrrr", [["Profile", "Run", "Training", "Captions", "Retrieval", "Evaluation"]], [*alone, None, *runs])
+
+# %% ../nbs/14a_report.ipynb #a593abe9
+EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
+
+def _steps(cells, names:dict) -> str:
+    def row(c): return [*(f(c) for f in names.values()), number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])]
+    return tabular("l"*len(names) + "rr", [[*names, "Peak GiB", "ms/step"]], [row(c) for c in cells])
+
+def efficiency_table(e:Evidence) -> str:
+    "Peak and time of a step, stock and ours, by model and frames."
+    cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED]
+    cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c["peak_bytes"]))
+    return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]), "Step": lambda c: run_name(c["way"])})
+
+def levers_table(e:Evidence) -> str:
+    "Each lever of the low-memory step by itself, on the large model at 32 frames, between the stock step and all together."
+    def kind(c): return 0 if c["way"].startswith("stock") else 2 if c["way"].startswith("ours") else 1
+    cells = [c for c in step_cells(e.efficiency["cells"]) if c["frames"] == 32]
+    return _steps(sorted(cells, key=lambda c: (kind(c), -c["peak_bytes"])), {"Lever": lambda c: run_name(c["way"])})
 
 # %% ../nbs/14a_report.ipynb #d3e11bda
 def _or_none(rows:list, columns:str, header:list) -> str: return tabular(columns, [header], rows) if rows else tabular("l", [["Measured"]], [["nothing yet"]])
