@@ -295,7 +295,7 @@ def _stay(module:nn.Module):
 def host_embeddings(model) -> str:
     "Lever: the input embedding stays in host memory. Not if it is trained, or tied to a head that stays on the GPU."
     words, head = base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings()
-    if type(words) is not nn.Embedding or words.weight.requires_grad: return ""
+    if type(words) is not nn.Embedding or words.weight.requires_grad or in_host(words): return ""
     if head is not None and head.weight is words.weight and not in_host(head): return ""
     size = words.weight.numel()*words.weight.element_size()
     _stay(words)
@@ -314,6 +314,7 @@ def host_head(model, block:int=16384) -> str:
     if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None: return ""
     size, rows = head.weight.numel()*head.weight.element_size(), HeadRows(head, block)
     _stay(head)
+    if head.weight is base_of(model).get_input_embeddings().weight: host_embeddings(model)                   # tied: they went along
     patch(head, lambda stock: lambda h: stock(h) if h.device == head.weight.device and not h.is_meta else torch.cat([h @ w.t() for _, w in rows.on(h.device)], -1))
     return f"{size/2**20:.0f} MiB of head in host memory, {block} rows at a time"
 

@@ -50,6 +50,7 @@ def method_cell(cell:dict, device:str, small:bool) -> dict:
         clean(device)
         with torch.no_grad(): return measure(lambda: model(**{k: v for k, v in batch.items() if k != "signals"}).loss, device) | size
     loss, optimizer = set_up(model, cell["way"])
+    if cell["method"] == "ia3": loss = torch.autocast(device, _dtype(device), enabled=device == "cuda")(loss)    # its factors are fp32, and so would be keys and values
     clean(device)
     return measure(stepper(seen(model, loss), optimizer, batch), device, steps=3) | size
 

@@ -39,7 +39,7 @@ class Setting:
     def where(self) -> str: return {"keep": "head on the GPU", "host": "head in host memory", "stream": "head streamed from host memory"}[self.head]
     def __str__(self): return ", ".join([f"{self.frames} frames", f"rank {self.rank}", self.weights, self.checkpointing, self.where])
 
-# %% ../nbs/12d_planner.ipynb #a8152de8
+# %% ../nbs/12d_planner.ipynb #2657b362
 @dataclass(frozen=True)
 class Prediction:
     "What a step of a setting needs. Bytes, operations, counts; seconds after a calibration."
@@ -116,6 +116,7 @@ def compare(cells:dict, known=()) -> list[dict]:
         if name not in out:
             p = predict(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"]))
             out[name] = dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, transformers=transformers.__version__)
+        out[name] |= dict(bound_ms=round(1000*seconds_of(out[name], Calibration(factor=1.)), 2))
         out[name] |= dict(measured_peak=cell.get("peak_bytes"), measured_ms=cell.get("step_ms"), measured_flops=cell.get("flops"))
     return list(out.values())
 

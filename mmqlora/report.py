@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'GPU_PLAN', 'PLANNED',
-           'SURVIVES', 'DATA_LAW', 'LAWS', 'LEAN', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
-           'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text',
-           'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'metric_macros', 'cost_macros', 'diff_macros',
-           'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros', 'processor_macros', 'measured',
-           'planner_errors', 'efficiency_macros', 'names_of', 'gpu_pair', 'gpu_macros', 'by_corruption',
-           'beyond_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
-           'gates_table', 'ranks_table', 'baselines_table', 'retrieval_table', 'ood_table', 'cost_table',
-           'significance_table', 'audit_table', 'corpus_table', 'abilities_table', 'processor_table', 'rates_table',
-           'efficiency_table', 'levers_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
+           'SURVIVES', 'DATA_LAW', 'LAWS', 'LEAN', 'CALIBRATED', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE',
+           'check_record', 'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count',
+           'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'metric_macros',
+           'cost_macros', 'diff_macros', 'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros',
+           'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros', 'efficiency_macros',
+           'names_of', 'gpu_pair', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged', 'macros', 'tabular',
+           'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
+           'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'audit_table', 'corpus_table',
+           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
+           'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
            'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table',
            'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure', 'markdown_table', 'results_markdown',
            'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
@@ -295,6 +296,33 @@ def planner_errors(e:Evidence) -> np.ndarray:
     "Predicted over measured peak, minus one, of every step that was measured."
     return np.array([p["peak"]/p["measured_peak"] - 1 for p in e.efficiency["predictions"] if p.get("measured_peak")])
 
+def _of_kind(e:Evidence, *kinds) -> list[dict]:
+    "The cells of these kinds that were measured."
+    return [c for c in e.efficiency["cells"].values() if c["kind"] in kinds and "error" not in c]
+
+CALIBRATED = "step/qwen2.5-vl-7b/ours_small/32"       # the one run whose time is known to the planner
+
+def planner_delays(e:Evidence) -> np.ndarray:
+    "Predicted over measured time, minus one, of every step of ours but the one that calibrates."
+    rows = {p["cell"]: p["bound_ms"]/p["measured_ms"] for p in e.efficiency["predictions"] if p.get("measured_ms") and "bound_ms" in p and "/ours" in p["cell"]}
+    return np.array([r/rows[CALIBRATED] - 1 for n, r in rows.items() if n != CALIBRATED]) if CALIBRATED in rows else np.array([])
+
+# %% ../nbs/14a_report.ipynb #a7e4aa49
+def gate_macros(e:Evidence) -> dict:
+    "eff.gate.<way>.<gate>: time it adds; eff.gate.memory; eff.two.<way>.ms of the small model."
+    out = {}
+    gates = {c["way"]: c["steps"] for c in _of_kind(e, "gates")}
+    for way in ("ours", "stock_labels"):
+        for gate in ("scalar", "rank", "time", "gradient"):
+            c = gates.get(way, {}).get(gate, {})
+            out[f"eff.gate.{way}.{gate}"] = percent(c["time_ratio"] - 1 if c else None)
+    plain, gated = ([c for c in _of_kind(e, "method") if c["method"] == "qlora" and c["gate"] == g] for g in ("none", "rank"))
+    out["eff.gate.memory"] = f"{number(100*(gated[0]['peak_bytes']/plain[0]['peak_bytes'] - 1), 2)}" + r"\,\%" if plain and gated else "n/a"
+    steps = {c["way"]: c["step_ms"] for c in _of_kind(e, "repeat") if c["model"] == "qwen2-vl-2b"}
+    for way in ("ours", "ours_graphs"): out[f"eff.two.{way}.ms"] = number(steps.get(way), 0)
+    return out
+
+# %% ../nbs/14a_report.ipynb #02ce79a7
 def efficiency_macros(e:Evidence) -> dict:
     "eff.<way>.<frames>.<gib, s> of the large model; eff.less, eff.faster: stock (logits at labels) over lean; eff.gradient.*, eff.planner.*."
     out = {"eff.gpu": e.efficiency["hardware"].get("gpu", "a GPU"), "eff.cells": str(len(step_cells(e.efficiency["cells"], None)))}
@@ -308,7 +336,11 @@ def efficiency_macros(e:Evidence) -> dict:
             out[f"eff.{name}.{frames}"] = number(a and b and a[key]/b[key], 1)
     gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c), {})
     for name in ("stock_labels", *LEAN): out[f"eff.gradient.{name}"] = percent(gradient.get(name, {}).get("error"))
-    errors = abs(planner_errors(e))
+    errors, late = abs(planner_errors(e)), planner_delays(e)
+    packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "ours_small" in name]
+    out |= {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": percent(float(abs(late).max()) if len(late) else None), "eff.packed": number(max(packed, default=None), 2), "eff.packed.least": number(min(packed, default=None), 2)}
+    out |= gate_macros(e)
+    out["eff.errors"] = str(len(e.efficiency.get("errors", {})))
     return out | {"eff.planner.n": str(len(errors)), "eff.planner.median": percent(float(np.median(errors))), "eff.planner.worst": percent(float(errors.max()))}
 
 # %% ../nbs/14a_report.ipynb #8d9f013a
@@ -537,6 +569,28 @@ def levers_table(e:Evidence) -> str:
     cells = [c for c in step_cells(e.efficiency["cells"]) if c["frames"] == 32]
     return _steps(sorted(cells, key=lambda c: (kind(c), -c["peak_bytes"])), {"Lever": lambda c: run_name(c["way"])})
 
+# %% ../nbs/14a_report.ipynb #d3e11bda
+def _or_none(rows:list, columns:str, header:list) -> str: return tabular(columns, [header], rows) if rows else tabular("l", [["Measured"]], [["nothing yet"]])
+
+def gatecost_table(e:Evidence) -> str:
+    "A step with each kind of gate over one of plain QLoRA, in time and peak."
+    def row(c, gate): return [run_name(c["way"]), "none" if gate == "none" else gate, count(c["steps"][gate]["step_ms"]), *(number(c["steps"][gate][k], 3) for k in ("time_ratio", "memory_ratio"))]
+    return _or_none([row(c, gate) for c in _of_kind(e, "gates") for gate in c["steps"]], "llrrr", ["Step", "Gate", "ms/step", "Time", "Peak"])
+
+def methodsteps_table(e:Evidence) -> str:
+    "A step of each method on the same 4-bit model, and of ours in the same lease, eager and as CUDA graphs."
+    def name(c): return run_name(c["way"]) if c["kind"] == "repeat" else c["method"] + ("" if c.get("gate", "none") == "none" else f", gate {c['gate']}")
+    cells = [*_of_kind(e, "method"), *(c for c in _of_kind(e, "repeat") if c["model"] == "qwen2-vl-2b")]
+    rows = [[name(c), count(c["trainable"]), number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])] for c in cells]
+    return _or_none(rows, "lrrr", ["Method", "Trained", "Peak GiB", "ms/step"])
+
+def captionrates_table(e:Evidence) -> str:
+    "Captions per second of 4-bit models: adapter beside the weights or merged, frames, cache."
+    def row(c): return [c["gpu"] and "GPU" or "CPU", c["model"].split("/")[-1], {"qlora": "beside"}.get(c["adapter"], c["adapter"]), str(c["frames"]), "yes" if c["cache"] else "no",
+                        number(c["captions_per_s"], 1), count(round(c["peak_bytes"]/2**20))]
+    return _or_none([row(c) for c in _of_kind(e, "captions", "base")], "lllrlrr", ["Device", "Model", "Adapter", "$K$", "Cache", "Captions/s", "Peak MiB"])
+
+# %% ../nbs/14a_report.ipynb #59bb8633
 def gpu_table(e:Evidence) -> str:
     "The runs of the tier gpu that are complete, or one line that says that there is none."
     if not e.gpu: return tabular("l", [["Tier gpu"]], [["no run of this tier is complete"]])
@@ -618,7 +672,7 @@ def provenance_table(e:Evidence) -> str:
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
-              baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table,
+              baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table, gatecost=gatecost_table, methodsteps=methodsteps_table, captionrates=captionrates_table,
               tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table,
               laws=lambda e: laws_table(laws(e)), errors=lambda e: examples_table(e.records))
 

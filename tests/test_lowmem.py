@@ -12,7 +12,7 @@ from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
 from mmqlora.blocks import Lin, dense, lin_forward
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError
-from mmqlora.ledger import expected_peak, peak_of
+from mmqlora.ledger import expected_peak, in_host, peak_of
 from mmqlora.lowmem import LEVERS, FeatureCache, linear_loss, low_memory, towers
 from mmqlora.model import linears, new_model, save_model, small_config
 from mmqlora.scenes import vocabulary
@@ -101,6 +101,15 @@ def test_it_holds_less_than_stock_and_evaluates_as_before():
     batch = video_inputs("qwen2_5_vl")
     stock, ours = adapted("qwen2_5_vl", bits=32), adapted("qwen2_5_vl", levers=tuple(LEVERS), bits=32)
     with torch.no_grad(): torch.testing.assert_close(*(m.eval()(**batch).logits for m in (stock, ours)))
+
+
+def test_embeddings_tied_to_a_head_in_host_memory_are_looked_up_there():
+    model = build_model("qwen2-vl-2b", "cpu", torch.float32, small=True)
+    low_memory(model, ["head"], head="stream")
+    base = model.get_base_model()
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight and in_host(base.get_input_embeddings())
+    words = base.get_input_embeddings()
+    assert torch.equal(words(torch.tensor([[3, 5, 3]])), words.weight[torch.tensor([[3, 5, 3]])])
 
 
 def test_padding_on_either_side_changes_nothing():
