@@ -320,6 +320,8 @@ def gate_macros(e:Evidence) -> dict:
     out["eff.gate.memory"] = f"{number(100*(gated[0]['peak_bytes']/plain[0]['peak_bytes'] - 1), 2)}" + r"\,\%" if plain and gated else "n/a"
     steps = {c["way"]: c["step_ms"] for c in _of_kind(e, "repeat") if c["model"] == "qwen2-vl-2b"}
     for way in ("ours", "ours_graphs"): out[f"eff.two.{way}.ms"] = number(steps.get(way), 0)
+    idefics = {c["way"]: c for c in _of_kind(e, "repeat") if c["model"] == "idefics-9b"}
+    for name, key in (("time", "step_ms"), ("memory", "peak_bytes")): out[f"eff.idefics.{name}"] = number(idefics["ours"][key]/idefics["stock_labels"][key] if len(idefics) == 2 else None, 2)
     return out
 
 # %% ../nbs/14a_report.ipynb #02ce79a7
@@ -335,7 +337,9 @@ def efficiency_macros(e:Evidence) -> dict:
             a, b = measured(e, "stock_labels", frames), measured(e, "lean", frames)
             out[f"eff.{name}.{frames}"] = number(a and b and a[key]/b[key], 1)
     gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c), {})
-    for name in ("stock_labels", *LEAN): out[f"eff.gradient.{name}"] = percent(gradient.get(name, {}).get("error"))
+    for name in ("stock_labels", *LEAN, "ours_graphs"): out[f"eff.gradient.{name}"] = percent(gradient.get(name, {}).get("error"))
+    levers = [g["error"] for g in gradient.values() if isinstance(g, dict)]
+    out |= {"eff.gradient.least": percent(min(levers, default=None)), "eff.gradient.most": percent(max(levers, default=None))}
     errors, late = abs(planner_errors(e)), planner_delays(e)
     packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "ours_small" in name]
     out |= {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": percent(float(abs(late).max()) if len(late) else None), "eff.packed": number(max(packed, default=None), 2), "eff.packed.least": number(min(packed, default=None), 2)}
