@@ -9,14 +9,14 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'metric_macros',
            'cost_macros', 'diff_macros', 'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros',
            'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros', 'efficiency_macros',
-           'names_of', 'gpu_pair', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged', 'macros', 'tabular',
+           'names_of', 'gpu_comparisons', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged', 'macros', 'tabular',
            'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
-           'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'audit_table', 'corpus_table',
-           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
-           'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
-           'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table',
-           'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure', 'markdown_table', 'results_markdown',
-           'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'gpu_significance_table', 'audit_table',
+           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
+           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table',
+           'gpu_beyond_table', 'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table',
+           'laws_table', 'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure', 'markdown_table',
+           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -352,18 +352,19 @@ def names_of(runs) -> str:
     "Runs in a sentence."
     return ", ".join(map(run_name, runs)) or "none"
 
-def gpu_pair(e:Evidence, a:str=FEW, b:str=UNGATED, metric:str="exact") -> str:
-    "A sentence with the difference of two runs on the tier gpu, or that there is none."
-    if lacking := [r for r in (a, b) if r not in e.gpu]: return f"The comparison of {run_name(a)} with {run_name(b)} waits for {names_of(lacking)}."
-    r = compare(e.gpu, a, b, metric)
-    return (f"On this tier, {run_name(a)} differs from {run_name(b)} by {sign(number(r['difference']))} in exact match "
-            f"(interval {sign(number(r['low']))} to {sign(number(r['high']))}, $p$ {p_text(r['p'])}).")
+def gpu_comparisons(e:Evidence) -> list[dict]:
+    "The planned comparisons that the runs of the tier gpu allow, corrected as one family."
+    def there(a, b, metric): return all(full_name(metric) in e.gpu.get(run, {"per_clip": ()})["per_clip"] for run in (a, b))
+    rows = [dict(claim=claim, **compare(e.gpu, *each)) for claim, planned in PLANNED.items() for each in planned if there(*each)]
+    adjusted = holm({i: row["p"] for i, row in enumerate(rows)})
+    return [dict(**row, padj=adjusted[i]) for i, row in enumerate(rows)]
 
 def gpu_macros(e:Evidence) -> dict:
-    "gpu.<run>.<metric> of the records of the tier gpu; gpu.complete, gpu.missing: names; gpu.pair: a sentence; gpu.n, gpu.planned."
-    about = {"gpu.complete": names_of(e.gpu), "gpu.missing": names_of(r for r in GPU_PLAN if r not in e.gpu), "gpu.pair": gpu_pair(e),
-             "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(GPU_PLAN))}
-    return {f"gpu.{k}": v for k, v in metric_macros(e.gpu).items()} | about
+    "gpu.<run>.<metric> and gpu.diff.<a>.<b>.<metric> of the tier gpu; gpu.complete, gpu.missing: names; gpu.n, gpu.planned, gpu.compared."
+    tested = gpu_comparisons(e)
+    about = {"gpu.complete": names_of(e.gpu), "gpu.missing": names_of(r for r in GPU_PLAN if r not in e.gpu),
+             "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(GPU_PLAN)), "gpu.compared": str(len(tested))}
+    return {f"gpu.{k}": v for k, v in (metric_macros(e.gpu) | diff_macros(tested)).items()} | about
 
 # %% ../nbs/14a_report.ipynb #2529ab86
 def by_corruption(record:dict) -> dict[str, float]:
@@ -493,18 +494,26 @@ def cost_table(e:Evidence) -> str:
     return tabular("l" + "r"*8, [header], [[run_name(run), *row(r["cost"])] for run, r in e.records.items()])
 
 # %% ../nbs/14a_report.ipynb #28b43274
-def significance_table(e:Evidence) -> str:
-    "All planned comparisons by claim."
+def _tested(records:dict, tested:list[dict]) -> str:
     header = ["Claim", "First run", "Second run", "Measure", "First", "Second", "Difference", r"95\,\% interval", "$p$", "Adjusted $p$"]
     rows, last = [], None
-    for r in comparisons(e.records):
+    for r in tested:
         if last and r["claim"] != last: rows.append(None)
         name = full_name(r["metric"])
-        both = [number(e.records[r[k]]["metrics"][name]["value"]) for k in "ab"]
+        both = [number(records[r[k]]["metrics"][name]["value"]) for k in "ab"]
         rows.append([r["claim"] if r["claim"] != last else "", run_name(r["a"]), run_name(r["b"]), (BEYOND.get(name) or MEASURES[r["metric"]]).lower(), *both,
                      number(r["difference"]), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]", p_text(r["p"]), p_text(r["padj"])])
         last = r["claim"]
     return tabular("llllrrrrrr", [header], rows)
+
+def significance_table(e:Evidence) -> str:
+    "All planned comparisons by claim."
+    return _tested(e.records, comparisons(e.records))
+
+def gpu_significance_table(e:Evidence) -> str:
+    "Those of the tier gpu."
+    tested = gpu_comparisons(e)
+    return _tested(e.gpu, tested) if tested else tabular("l", [["Tier gpu"]], [["nothing to compare yet"]])
 
 def audit_table(e:Evidence) -> str:
     "The audit of the reference run."
@@ -675,7 +684,7 @@ def provenance_table(e:Evidence) -> str:
     return tabular("lllllllr", [header], [*([run_name(run), *row(r)] for run, r in e.records.items()), None, *lent])
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
-              significance=significance_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
+              significance=significance_table, gpusignificance=gpu_significance_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
               baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table, gatecost=gatecost_table, methodsteps=methodsteps_table, captionrates=captionrates_table,
               tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table,
               laws=lambda e: laws_table(laws(e)), errors=lambda e: examples_table(e.records))
