@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'GPU_PLAN', 'PLANNED',
-           'SURVIVES', 'DATA_LAW', 'LAWS', 'LEAN', 'CALIBRATED', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE',
+           'SURVIVES', 'DATA_LAW', 'LAWS', 'LEAN', 'CALIBRATED', 'LONG', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE',
            'check_record', 'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count',
            'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'metric_macros',
            'cost_macros', 'diff_macros', 'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros',
            'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros', 'efficiency_macros',
            'names_of', 'gpu_comparisons', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged', 'macros', 'tabular',
            'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
-           'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'gpu_significance_table', 'audit_table',
-           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
-           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table',
-           'gpu_beyond_table', 'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table', 'provenance_table',
-           'laws_table', 'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure', 'markdown_table',
-           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'gpu_significance_table',
+           'audit_table', 'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table',
+           'levers_table', 'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table',
+           'retention_table', 'gpu_beyond_table', 'corruptions_table', 'tuned', 'hyper_sections', 'hyper_table',
+           'provenance_table', 'laws_table', 'errors_table', 'examples_table', 'rank_law_figure', 'data_law_figure',
+           'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -474,24 +474,30 @@ def _groups(titles, width:int, first:int=2) -> str:
     rules = [rf"\cmidrule(lr){{{first + i*width}-{first + (i + 1)*width - 1}}}" for i in range(len(spans))]
     return " & "*(first - 1) + _line(spans) + "\n" + "".join(rules)
 
+LONG = (*METHODS, "qdora", "bottleneck", "qlora-uniform", UNGATED, FEW, "qlora-cover-k4", "tqlora", "tqlora-constant", "tqlora-cover", "qlora-text", "qlora-tasks")
+
+def long(e:Evidence) -> dict:
+    "Runs of the tables with many columns: methods, selection, gate, placement, tasks. The records hold the others."
+    return {run: e.records[run] for run in LONG if run in e.records}
+
 def retrieval_table(e:Evidence) -> str:
-    "Retrieval within galleries, both directions, every run."
+    "Retrieval within galleries, both directions."
     def row(record): return [_inline(cell(record, f"test.{d}_{m}", m == "r1")) for d in DIRECTIONS for m in RETRIEVAL]
     header = [_groups(DIRECTIONS.values(), len(RETRIEVAL)), ["Run", *list(RETRIEVAL.values())*2]]
-    return tabular("l" + "r"*8, header, [[run_name(run), *row(r)] for run, r in e.records.items()])
+    return tabular("l" + "r"*8, header, [[run_name(run), *row(r)] for run, r in long(e).items()])
 
 def ood_table(e:Evidence) -> str:
-    "Exact match and transient events on both splits, every run."
+    "Exact match and transient events on both splits."
     names = [f"{s}.{m}" for m in ("exact", "transient") for s in SPLITS]
     header = [_groups(("Exact", "Transient"), 2), ["Run", *["test", "ood"]*2]]
-    return tabular("lrrrr", header, [[run_name(run), *(_inline(cell(r, n, n.endswith("exact"))) for n in names)] for run, r in e.records.items()])
+    return tabular("lrrrr", header, [[run_name(run), *(_inline(cell(r, n, n.endswith("exact"))) for n in names)] for run, r in long(e).items()])
 
 def cost_table(e:Evidence) -> str:
     "What each run costs."
     header = ["Run", "Trained params", "Trained KiB", "Model KiB", "Optimizer KiB", "ms/step", "Training s", "Evaluation s", "Peak RSS MiB"]
     def row(c): return [count(c["trainable_params"]), *(in_kib(c[f"{k}_bytes"]) for k in ("trainable", "model", "optimizer")),
                         *(number(c[k], 1) for k in ("step_ms", "train_seconds", "eval_seconds")), count(c["peak_rss_bytes"]/2**20)]
-    return tabular("l" + "r"*8, [header], [[run_name(run), *row(r["cost"])] for run, r in e.records.items()])
+    return tabular("l" + "r"*8, [header], [[run_name(run), *row(r["cost"])] for run, r in long(e).items()])
 
 # %% ../nbs/14a_report.ipynb #28b43274
 def _tested(records:dict, tested:list[dict]) -> str:
@@ -633,9 +639,9 @@ def gpu_beyond_table(e:Evidence) -> str:
     return tabular("l" + "r"*len(asked), [["Run", *asked.values()]], rows) if runs else tabular("l", [["Tier gpu"]], [["no run of this tier was asked more than captions"]])
 
 def corruptions_table(e:Evidence) -> str:
-    "Exact match by corruption, every run; first the clean test split."
+    "Exact match by corruption; first the clean test split."
     kinds = list(by_corruption(e.records[REFERENCE]))
-    rows = [[run_name(run), cell(r, "test.exact"), *(number(by_corruption(r).get(k)) for k in kinds)] for run, r in e.records.items()]
+    rows = [[run_name(run), cell(r, "test.exact"), *(number(by_corruption(r).get(k)) for k in kinds)] for run, r in long(e).items()]
     return tabular("l" + "r"*(len(kinds) + 1), [["Run", "Clean", *map(str.capitalize, kinds)]], rows)
 
 # %% ../nbs/14a_report.ipynb #430ab5f5
@@ -673,15 +679,17 @@ def hyper_table(e:Evidence) -> str:
 
 # %% ../nbs/14a_report.ipynb #ff13f3ce
 def provenance_table(e:Evidence) -> str:
-    "Run, seeds, configuration, code, versions and machine; then what was measured on a GPU."
-    def row(r):
+    "What was made by which code, versions and machine: runs that agree in all of it share a row; their records hold seeds and configuration hash."
+    def made(r):
         v, h = r["versions"], r["hardware"]
         machine = h.get("gpu") or f"{h['system']} {h['machine']}, {h['cpus']} CPUs"
-        return [_list(r["config"].get("seeds", [])), *(rf"\texttt{{{r[k]}}}" for k in ("config_hash", "code_version")),
-                *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)]
-    header = ["Run", "Seeds", "Configuration", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
-    lent = [[f"gpu: {run_name(run)}", *row(r)] for run, r in e.gpu.items()] + [["efficiency", *row(e.efficiency)], ["processor", *row(e.cpu)]]
-    return tabular("lllllllr", [header], [*([run_name(run), *row(r)] for run, r in e.records.items()), None, *lent])
+        return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)
+    named = [*e.records.items(), *((f"gpu: {run}", r) for run, r in e.gpu.items()), ("efficiency", e.efficiency), ("processor", e.cpu)]
+    tiers = {}
+    for name, r in named: tiers.setdefault((r.get("tier", ""), made(r)), []).append(name)
+    header = ["What", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
+    def told(tier, names): return f"{len(names)} runs of tier {tier}" if len(names) > 1 else run_name(names[0])
+    return tabular("llllll", [header], [[told(tier, names), *how] for (tier, how), names in tiers.items()])
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, gpusignificance=gpu_significance_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
