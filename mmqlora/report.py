@@ -35,6 +35,7 @@ from .figures import (BASELINES, BIG, COLUMN, FEW, FEWEST, GATES, MEASURES, METH
 from .errors import KINDS, error_counts
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
+from .scenes import CORRUPTIONS
 
 # %% ../nbs/14a_report.ipynb #c6087d33
 RETRIEVAL = dict(r1="R@1", r5="R@5", medr="MedR", map="mAP")
@@ -376,7 +377,7 @@ def by_corruption(record:dict) -> dict[str, float]:
 def beyond_macros(records:dict) -> dict:
     "corruption.<run>.<corruption>: exact match; spectrum.<run>.<modality>: effective rank; data.<run>.clips: how many, if not all."
     out = {f"data.{run}.clips": count(n) for run, r in records.items() if (n := r["config"].get("train_clips"))}
-    out |= {f"corruption.{run}.{name}": number(v) for run, r in records.items() for name, v in by_corruption(r).items()}
+    out |= {f"corruption.{run}.{name}": number(by_corruption(r).get(name)) for run, r in records.items() for name in CORRUPTIONS}     # a small split has some only
     return out | {f"spectrum.{run}.{m}": number(v, 1) for run, r in records.items() for m, v in effective_ranks(r).items()}
 
 # %% ../nbs/14a_report.ipynb #b6e91329
