@@ -33,12 +33,16 @@ def _answered(model, tokenizer, clips:ClipSet, signals, rounds:list[list[tuple]]
     written = write_rounds(model, tokenizer, clips, posed, signals)
     return [([i for i, *_ in asks], [told[i] for i, *_ in asks], [a for *_, a in asks]) for asks, told in zip(rounds, written)]
 
+def _slots(written:list[str], answers:list[str], code:str="en") -> np.ndarray:
+    "(N,) share of right slots."
+    return slot_scores(*([slots_of(said, code) for said in each] for each in (written, answers)), set(TRANSIENT))["slots"]
+
 def _scores(kind:str, written:list[str], answers:list[str]) -> dict:
     "name -> scores of the answers of a kind."
     out = {kind: exact_match(written, answers)}
     if not kind.startswith("exact_"): return out
     code = kind.removeprefix("exact_")
-    return out | {f"slots_{code}": slot_scores([slots_of(w, code) for w in written], [slots_of(a, code) for a in answers], set(TRANSIENT))["slots"]}
+    return out | {f"slots_{code}": _slots(written, answers, code)}
 
 def task_scores(model, tokenizer, clips:ClipSet, records:list, signals) -> dict[str, np.ndarray]:
     "name of a kind or a task -> (N,) share of right answers; nan for a clip that is not asked."
@@ -57,10 +61,9 @@ def retention_scores(model, tokenizer, n:int, k:int, size:int) -> dict[str, np.n
     clips, records = base_clips(n, k, size)
     captions = [r.captions["en"][0] for r in records]
     written = write_answers(model, tokenizer, clips, None, clips.signal)
-    slots = slot_scores(*([slots_of(c) for c in said] for said in (written, captions)), set(TRANSIENT))["slots"]
     colors = [(i, q.question, q.answer) for i, r in enumerate(records) for q in r.questions if q.kind == "color"]
     [(_, said, right)] = _answered(model, tokenizer, as_images(clips), clips.signal, [colors])
-    return {"base.exact": exact_match(written, captions), "base.slots": slots, "base.loss": -score_captions(model, tokenizer, clips, captions, clips.signal).numpy(),
+    return {"base.exact": exact_match(written, captions), "base.slots": _slots(written, captions), "base.loss": -score_captions(model, tokenizer, clips, captions, clips.signal).numpy(),
             "base.questions": task_scores(model, tokenizer, clips, records, clips.signal)["questions"], "image.color": exact_match(said, right)}
 
 def disordered(clips:ClipSet, seed:int=0) -> ClipSet:
@@ -72,8 +75,7 @@ def disordered(clips:ClipSet, seed:int=0) -> ClipSet:
 def disorder_scores(model, tokenizer, clips:ClipSet, captions:list[str], signals) -> dict[str, np.ndarray]:
     "exact_disordered and slots_disordered, (N,): captions when the frames are shuffled."
     written = write_answers(model, tokenizer, disordered(clips), None, signals)
-    slots = slot_scores(*([slots_of(c) for c in said] for said in (written, captions)), set(TRANSIENT))
-    return dict(exact_disordered=exact_match(written, captions), slots_disordered=slots["slots"])
+    return dict(exact_disordered=exact_match(written, captions), slots_disordered=_slots(written, captions))
 
 # %% ../nbs/11d_checks.ipynb #1972e45e
 SHOWN = 4                                                    # Clips whose gates are kept

@@ -197,7 +197,7 @@ def _gradients(self:Trainer, batch:dict) -> float:
             loss.backward()
             return float(loss.detach())
     except torch.OutOfMemoryError: self.micro = MicroBatches(max(1, len(batch["labels"])//2))
-    return self.micro(self._loss_sum, [p for p in self.model.parameters() if p.requires_grad], batch)
+    return self.micro(self._loss_sum, self.trained, batch)
 
 def _loss_sum(self:Trainer, part:dict) -> torch.Tensor:
     "Summed loss of some clips."
@@ -227,7 +227,7 @@ def fit(
     every:int=100,       # Steps between checkpoints
     label:str="",        # Shown in the progress line
     stop:int|None=None,  # Stop before this step (to show resuming)
-    memory:int|None=None,  # Bytes that a step may need: checked before the first one (`planner.free_memory()` of a GPU)
+    memory:int|None=None,  # Bytes that a step may need: checked before the first one (`ledger.free_memory()` of a GPU)
 )->dict:                 # {"loss": per step, "seconds": training time}
     "Train to the end of the schedule, resuming from `checkpoint` if it exists. A loss that is not finite is an `InputError`."
     config = trainer.config

@@ -20,9 +20,10 @@ export PYTHONPATH=$PWD                          # this copy of mmqlora, not the 
 git init -q . && mmqlora corpus && dvc add -q data
 dvc repro frames
 # one run of each kind as its stage: most of a smoke run is the start of its notebook, so the others share a process per core
-scripts/runs.py zeroshot full qlora tqlora
+staged=(zeroshot full qlora tqlora)
+scripts/runs.py "${staged[@]}"
 cores=$(nproc)
-python -c 'from mmqlora.config import load_params; print(*load_params().runs, sep="\n")' | grep -vxE "zeroshot|full|qlora|tqlora" > artifacts/others
+python -c 'from mmqlora.config import load_params; print(*load_params().runs, sep="\n")' | grep -vxF "$(printf '%s\n' "${staged[@]}")" > artifacts/others
 MMQLORA_CORES=1 xargs -a artifacts/others -P"$cores" -n $(( ($(wc -l < artifacts/others) + cores - 1) / cores )) mmqlora train
 dvc commit -q -f finetune
 dvc repro
