@@ -39,17 +39,20 @@ class Watch:
         g = grad.transpose(1, 2) @ x                                     # (clips, out, in): one weight gradient per clip
         self.fisher += torch.einsum("boi,boj->ij", g, g) if self.tall else torch.einsum("boi,bpi->op", g, g)
 
-    def spectra(self) -> dict:
+    def inputs(self) -> np.ndarray:
         mean = self.total/self.count
-        return dict(inputs=_eigenvalues(self.square/self.count - torch.outer(mean, mean)), fisher=_eigenvalues(self.fisher))
+        return _eigenvalues(self.square/self.count - torch.outer(mean, mean))
 
-def _eigenvalues(gram) -> np.ndarray: return np.maximum(torch.linalg.eigvalsh(gram.double().cpu()).flip(0).numpy(), 0)
+    def spectra(self, kinds=("inputs", "fisher")) -> dict: return {k: self.inputs() if k == "inputs" else _eigenvalues(self.fisher) for k in kinds}
+
+def _eigenvalues(gram) -> np.ndarray: return np.maximum(torch.linalg.eigvalsh(gram.double()).flip(0).cpu().numpy(), 0)
 
 # %% ../nbs/08c_allocate.ipynb #e7736b9b
 def measure(
     model:nn.Module,     # A loaded base, quantized or not, before `adapt`
     batches,             # Dicts of model inputs with labels; the first axis of input_ids counts clips
     modalities=None,     # Default: all
+    kinds=("inputs", "fisher"),  # Which spectra: of a wide model's inputs they take long
 )->dict:                 # module -> {"inputs", "fisher"}: eigenvalues in falling order
     "Spectra of inputs and gradients of every linear. The same model and batches give the same spectra."
     watches = {n: Watch(m) for k, ms in linears(model).items() if modalities is None or k in modalities for n, m in ms.items()}
@@ -66,7 +69,7 @@ def measure(
         for h in handles: h.remove()
         for p in trained: p.requires_grad_()
         model.train(training)
-    return {n: w.spectra() for n, w in watches.items()}
+    return {n: w.spectra(kinds) for n, w in watches.items()}
 
 # %% ../nbs/08c_allocate.ipynb #c24b9778
 def rank_bytes(linear:nn.Linear) -> int:
@@ -149,7 +152,8 @@ def allocate(
     if kind == "uniform": found = proportional(dict.fromkeys(chosen, 1), costs, budget)
     elif kind == "static": found = proportional(chosen, costs, budget)
     elif kind in ("entropy", "gradient", "eva"):
-        spectra = measure(model, batches, [m for m, r in ranks.items() if r] if set(ranks) <= set(linears(model)) else None)
+        spectra = measure(model, batches, [m for m, r in ranks.items() if r] if set(ranks) <= set(linears(model)) else None,
+                          kinds=["fisher" if kind == "gradient" else "inputs"])
         spectra = {n: spectra[n] for n in chosen}
         if kind == "entropy": found = proportional(entropy_weights(model, spectra), costs, budget)
         else: found = best_ranks(gains_of(spectra, kind), costs, budget, most=-(-SPREAD*budget//sum(costs.values())))

@@ -124,10 +124,13 @@ class FramesConfig(Strict):
     budgets: list[Annotated[int, Field(ge=1)]]      # K, frames per clip: every one that a run uses
     size: int = Field(32, ge=8)                     # Pixels a side after decoding
     selectors: list[Selector]
+    sets: dict[Selector, list[Annotated[int, Field(ge=1)]]] = {}    # Budgets of a selector that needs others than `budgets`
     floor: float = Field(.35, ge=0, le=1)           # Share of the budget spread evenly, whatever the signal
     seed: int = 0
     fps: float | None = Field(None, gt=0)           # At most so many frames a second are looked at; None: all
     on_error: Literal["raise", "skip"] = "raise"    # A clip that cannot be read: stop, or leave it out and report it
+
+    def budgets_of(self, selector:str) -> list[int]: return self.sets.get(selector, self.budgets if selector in self.selectors else [])
 
 # %% ../nbs/01_config.ipynb #3bfe41b6
 class PretrainConfig(Strict):
@@ -142,6 +145,12 @@ class PretrainConfig(Strict):
     extra: float = Field(.4, ge=0, le=1)            # Share of batches, in the end, that are other languages, questions, instructions, audio
     held_out: int = 500                             # Base clips kept for testing
     seed: int = 0
+    sizes: dict[str, dict] = {}                     # Folder under models/ -> vision, text: other sizes of the same base
+
+    def of_size(self, name:str):
+        "The configuration of a named size: all else is that of the base."
+        if name not in self.sizes: raise InputError("params.yaml: pretrain.sizes", f"unknown size '{name}'", _nearest(name, self.sizes))
+        return parse(PretrainConfig, {**self.model_dump(), **self.sizes[name], "sizes": {}}, f"params.yaml: pretrain.sizes.{name}")
 
 class TuneConfig(Strict):
     "What is tuned on the dev split: run -> field of the run -> values to try."
@@ -246,8 +255,8 @@ def run_config(params:Params, name:str) -> RunConfig:
     steps = 0 if run.method == "frozen" else min(run.steps, profile.steps or run.steps)
     if run.selector not in params.frames.selectors:
         raise InputError(f"params.yaml: runs.{name}.selector", f"'{run.selector}' is not in frames.selectors")
-    if run.frames not in params.frames.budgets:
-        raise InputError(f"params.yaml: runs.{name}.frames", f"{run.frames} is not in frames.budgets")
+    if run.frames not in params.frames.budgets_of(run.selector):
+        raise InputError(f"params.yaml: runs.{name}.frames", f"{run.frames} is not in frames.budgets", f"or frames.sets.{run.selector}"*(run.selector in params.frames.sets))
     own = run.method == "frozen" or "seeds" in profile.runs.get(name, {})
     seeds = run.seeds if own else profile.seeds or run.seeds
     return run.model_copy(update={"steps": steps, "seeds": seeds[:profile.max_seeds]})

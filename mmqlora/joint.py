@@ -55,7 +55,7 @@ def _inputs(model, batches, rows:int) -> dict[str, torch.Tensor]:
     def note(name):
         def hook(module, args):
             x = args[0].flatten(0, -2)
-            seen.setdefault(name, []).append(x[::max(1, -(-len(x)//each))])
+            seen.setdefault(name, []).append(x[::max(1, -(-len(x)//each))].to(module.weight.dtype))       # under autocast it may have 16 bits
         return hook
     handles = [m.register_forward_pre_hook(note(n)) for ms in linears(model).values() for n, m in ms.items()]
     try:
@@ -136,7 +136,7 @@ def options_for(
     state:int=1,            # Copies of each adapter parameter that count
 )->list[Option]:
     "Every option of the joint problem, measured."
-    spectra, chosen = measure(model, batches), module_ranks(model, ranks)
+    spectra, chosen = measure(model, batches, kinds=["fisher"]), module_ranks(model, ranks)
     mass = {n: s["fisher"].sum() for n, s in spectra.items()}
     total, found = sum(mass.values()), []
     for row in output_error(model, batches, bits).to_dict("records"):

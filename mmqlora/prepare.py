@@ -65,9 +65,9 @@ def _prepare_clip(root, config:FramesConfig, audio:bool, record:ClipRecord) -> d
     torch.set_num_threads(1)
     path = video_path(root, record)
     clip, signals = measure(path, config.size, record.start, record.end, config.selectors, config.fps)
-    chosen = {set_name(s, k): choose(clip, signals, s, k, config, record.id) for s in config.selectors if s != ADAPTIVE for k in config.budgets}
+    chosen = {set_name(s, k): choose(clip, signals, s, k, config, record.id) for s in config.selectors if s != ADAPTIVE for k in config.budgets_of(s)}
     if audio: chosen = {s: (*c, _heard(path, len(clip.frames), c[3], record.start, record.end)) for s, c in chosen.items()}
-    return chosen | {set_name(ADAPTIVE, k): offer(clip, signals, k, config, path if audio else None, record) for k in config.budgets if ADAPTIVE in config.selectors}
+    return chosen | {set_name(ADAPTIVE, k): offer(clip, signals, k, config, path if audio else None, record) for k in config.budgets_of(ADAPTIVE)}
 
 # %% ../nbs/06a_prepare.ipynb #c108ebe6
 ADAPTIVE = "adaptive"
@@ -127,7 +127,7 @@ def prepare(root, records:list[ClipRecord], config:FramesConfig, workers:int=2, 
             if isinstance(clip, InputError) and config.on_error == "raise": raise clip
             clips.append(clip)
     if config.on_error == "skip": clips = _usable(records, clips, report)
-    for k in config.budgets if ADAPTIVE in config.selectors else (): _share(clips, set_name(ADAPTIVE, k), k)
+    for k in config.budgets_of(ADAPTIVE): _share(clips, set_name(ADAPTIVE, k), k)
     return tuple({s: stack([c[s] for c in clips]) for s in clips[0]} for stack in (_stack, _indices))
 
 def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> ClipSet:

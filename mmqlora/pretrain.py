@@ -6,11 +6,12 @@
 __all__ = ['CHUNK', 'FAST', 'MODES', 'FAMILIES', 'CARD', 'ABILITIES', 'TASKS', 'base_chunk', 'render_base', 'tasks_of',
            'base_tasks', 'patch_features', 'causal_hidden', 'static_logits', 'draw_mode', 'draw_frames',
            'learning_rate', 'Table', 'task_tables', 'Stepper', 'TaskStepper', 'run_step', 'pretrain', 'greedy',
-           'exact_by_kind', 'held_out_scores', 'model_card', 'provenance', 'pretrain_base']
+           'exact_by_kind', 'held_out_scores', 'model_card', 'provenance', 'rendered', 'pretrain_on', 'pretrain_base']
 
 # %% ../nbs/09a_pretrain.ipynb #4f75a69e
 import datetime, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -366,21 +367,26 @@ def provenance(model, config:PretrainConfig, curve:dict, command:str, commit:str
                 date=datetime.date.today().isoformat(), commit=commit or git_commit(), code_version=code_version(), versions=versions(),
                 command=command, config=config.model_dump(), curve=curve)
 
-def pretrain_base(config:PretrainConfig, out, command:str, commit:str="", workers:int|None=None, report:int=500) -> dict:
-    "Render base clips, pretrain on them, score on held-out ones, write model, tokenizer, log and card into folder `out`; returns the log."
+@contextmanager
+def rendered(config:PretrainConfig, workers:int|None=None):
+    "While open, the base clips of `config`, those held out at the end: pixels (mapped), captions, kinds, pitch classes, tasks."
+    n, given = config.clips + config.held_out, dict(seed=config.seed, transient=config.transient, workers=workers)
+    heard, tasks = base_tasks(n, **given)
+    with tempfile.TemporaryDirectory(dir=FAST) as folder: yield *render_base(f"{folder}/base.npy", n, **given), heard, tasks
+
+def pretrain_on(clips:tuple, config:PretrainConfig, out, command:str, commit:str="", report:int=500) -> dict:
+    "Pretrain a base on what `rendered` yields, score on held-out clips, write model, tokenizer, log and card into folder `out`; returns the log."
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     words, n = vocabulary(), config.clips
     tokenizer = build_tokenizer(words)
     model = new_model(small_config(tokenizer, config.vision, config.text), config.seed).to("cuda" if torch.cuda.is_available() else "cpu")
-    given = dict(seed=config.seed, transient=config.transient, workers=workers)
-    heard, tasks = base_tasks(n + config.held_out, **given)
-    with tempfile.TemporaryDirectory(dir=FAST) as folder:
-        pixels, captions, kinds = render_base(f"{folder}/base.npy", n + config.held_out, **given)
-        clips = pixels, captions, kinds, heard, tasks
-        curve = pretrain(model, tokenizer, *(v[:n] for v in clips), config, report)
-        exact, abilities = held_out_scores(model, tokenizer, *(v[n:] for v in clips))
-        del pixels, clips
+    curve = pretrain(model, tokenizer, *(v[:n] for v in clips), config, report)
+    exact, abilities = held_out_scores(model, tokenizer, *(v[n:] for v in clips))
     log = provenance(model, config, curve, command, commit) | dict(held_out_exact=exact, abilities=abilities)
     save_model(out, model.cpu(), tokenizer, log)
     write_text(Path(out)/"README.md", model_card(log, len(words)))
     return log
+
+def pretrain_base(config:PretrainConfig, out, command:str, commit:str="", workers:int|None=None, report:int=500) -> dict:
+    "Render base clips and `pretrain_on` them."
+    with rendered(config, workers) as clips: return pretrain_on(clips, config, out, command, commit, report)

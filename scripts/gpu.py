@@ -37,7 +37,7 @@ def corpus(params, args):
 def base(params, args):
     from mmqlora.smollm2 import read_gguf
     from mmqlora.tier import make_base, provenance
-    log = make_base(*read_gguf(args.gguf), params.gpu, repo_path(HERE, "base"), params.frames.size, max(params.frames.budgets))
+    log = make_base(*read_gguf(args.gguf), params.gpu, repo_path(HERE, "base"), params.frames.size)
     write_json(repo_path(HERE, "base", "log.json"), log | provenance(args.command, args.commit))
 
 
@@ -56,9 +56,9 @@ def rated(params):
 
 
 def runs(params, args):
-    from mmqlora.tier import jobs_of, provenance, run_queue
+    from mmqlora.tier import jobs_of, more_of, provenance, run_queue
     params = rated(params)
-    missing = run_queue(params, jobs_of(params, args.only), deadline=args.deadline, about=provenance(args.command, args.commit), workers=args.workers)
+    missing = run_queue(params, jobs_of(params, args.only) + more_of(params, args.only), deadline=args.deadline, about=provenance(args.command, args.commit), workers=args.workers)
     print(f"{len(missing)} jobs missing:", *[j.key for j in missing])
 
 
@@ -73,15 +73,40 @@ def collect(params, args):
     if tuned: write_json(repo_path("results/gpu-tune.json"), tune_record(params, tuned["trials"], {k: tuned[k] for k in tuned if k not in ("trials", "chosen")}, log))
 
 
+def _one_size(config, out, commit, file, *rest):
+    import numpy as np
+    from mmqlora.pretrain import pretrain_on
+    pretrain_on((np.load(file, mmap_mode="c"), *rest), config, out, f"scripts/gpu.py sizes: {out.name}", commit)
+
+
+def sizes(params, args):
+    "Bases of other sizes (or of those in --only), side by side, on clips that are rendered once."
+    from multiprocessing import get_context
+    from mmqlora.pretrain import rendered
+    spawn, config = get_context("spawn"), params.pretrain
+    with rendered(config, args.workers) as (pixels, *rest):
+        print(f"{len(pixels)} base clips", flush=True)
+        made = [spawn.Process(target=_one_size, args=(config.of_size(n), repo_path("models", n), args.commit, pixels.filename, *rest)) for n in args.only or config.sizes]
+        for p in made: p.start()
+        for p in made: p.join()
+
+
+def _packed(out, paths):
+    with tarfile.open(out, "w:gz") as tar:
+        for p in paths: tar.add(p, p.relative_to(repo_path()))
+    print(f"{out.name}: {len(paths)} files, {out.stat().st_size/1e6:.1f} MB")
+
+
 def pack(params, args):
-    "Everything that must come home, in one file."
-    keep = [p for p in ("queue", "tune.json", "corpus/records.jsonl", "base/log.json", "base/config.json") if repo_path(HERE, p).exists()]
-    with tarfile.open(Path(args.out)/"gpu.tar.gz", "w:gz") as tar:
-        for p in keep: tar.add(repo_path(HERE, p), f"{HERE}/{p}")
-    print("packed", keep, f"{os.path.getsize(Path(args.out)/'gpu.tar.gz')/1e6:.1f} MB")
+    "Everything that must come home: finished jobs and what they were made with, and bases of other sizes."
+    here = [repo_path(HERE, p) for p in ("tune.json", "corpus/records.jsonl", "base/log.json", "base/config.json")]
+    done = [p for kind in ("json", "error", "txt") for p in repo_path(HERE, "queue").glob(f"[!.]*.{kind}")]      # a dot: just being written
+    _packed(Path(args.out)/"gpu.tar.gz", [p for p in here if p.is_file()] + sorted(done))
+    found = [repo_path("models", n) for n in params.pretrain.sizes if repo_path("models", n, "README.md").is_file()]
+    if found: _packed(Path(args.out)/"sizes.tar.gz", found)
 
 
-STEPS = dict(corpus=corpus, base=base, tune=tune, runs=runs, collect=collect, pack=pack)
+STEPS = dict(corpus=corpus, base=base, sizes=sizes, tune=tune, runs=runs, collect=collect, pack=pack)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -90,7 +115,7 @@ if __name__ == "__main__":
     parser.add_argument("--gguf", default=f"{HERE}/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds since 1970")
     parser.add_argument("--workers", type=int, help="processes (tune, runs: per GPU)")
-    parser.add_argument("--only", nargs="+", help="runs (default: all of params.yaml)")
+    parser.add_argument("--only", nargs="+", help="runs, or sizes (default: all of params.yaml)")
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""))
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     args = parser.parse_args()

