@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'GPU_PLAN', 'PLANNED',
-           'SURVIVES', 'DATA_LAW', 'LAWS', 'LEAN', 'CALIBRATED', 'LONG', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE',
-           'check_record', 'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count',
-           'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'metric_macros',
-           'cost_macros', 'diff_macros', 'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros',
+           'GPU_PLANNED', 'SURVIVES', 'DATA_LAW', 'LAWS', 'LEAN', 'CALIBRATED', 'LONG', 'EASED', 'TABLES', 'FIGURES',
+           'ASKS', 'MADE', 'check_record', 'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals',
+           'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons',
+           'metric_macros', 'cost_macros', 'diff_macros', 'ood_macros', 'about_macros', 'laws', 'percent', 'law_macros',
            'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros', 'efficiency_macros',
            'names_of', 'gpu_comparisons', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged', 'macros', 'tabular',
            'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
@@ -99,9 +99,10 @@ class Evidence:
     cpu: dict                                         # results/benchmarks/cpu.json
 
 # %% ../nbs/14a_report.ipynb #d5045a7c
-GPU_PLAN = """zeroshot full lora qlora qlora-uniform-k4 qlora-k4 qlora-cover-k4 tqlora tqlora-constant tqlora-shuffled tqlora-random tqlora-scalar
-    qlora-uniform qlora-r2 qlora-r4 qlora-r16 qlora-r64 qlora-text qlora-ranks qdora bottleneck prefix qlora-gradient qlora-int8 full-k4 full-uniform-k4
-    qlora-tasks full-tasks tqlora-cover qlora-joint""".split()                # the last line was added for the second lease, before it
+GPU_PLAN = """zeroshot full lora qlora qdora bottleneck prefix qlora-int8 qlora-fp4 qlora-uniform full-k4 full-uniform-k4 qlora-k4 qlora-uniform-k4 qlora-cover-k4
+    tqlora tqlora-constant tqlora-shuffled tqlora-random tqlora-scalar tqlora-energy tqlora-cover qlora-text qlora-vision qlora-fusion qlora-ranks
+    qlora-gradient qlora-eva qlora-entropy-ranks qlora-joint qlora-r2 qlora-r4 qlora-r16 qlora-r64 qlora-k2 qlora-k8 qlora-k32 qlora-d400 qlora-d1600
+    qlora-tasks full-tasks""".split()
 
 def load_gpu(folder="results/gpu") -> dict:
     "run -> result record for every complete record in `folder`, in the order of `GPU_PLAN`; {} without the folder."
@@ -172,6 +173,13 @@ PLANNED = {
             ("qlora-eva", "qlora", "exact"), ("qlora-entropy-ranks", "qlora", "exact")],
     "C12": [("qlora-cover-k2", "qlora-uniform-k2", "exact"), ("qlora-uniform-k4", "qlora-uniform-k2", "exact")],
     "C13": [("qlora", "qlora-d1600", "exact"), ("qlora-d1600", "qlora-d400", "exact")],
+    "C14": [("qlora-k16", "qlora", "exact"), ("qlora", "qlora-k4", "exact"), ("qlora-k4", "qlora-k2", "exact")],
+    "C15": [("qlora-large", "qlora", "exact"), ("qlora", "qlora-small", "exact")],
+}
+GPU_PLANNED = {                                       # the claims that the tier gpu tests by other runs, or alone
+    "C5": [("qlora-r16", "qlora-r2", "exact"), ("qlora-r16", "qlora", "exact"), ("qlora-r64", "qlora-r16", "exact")],
+    "C14": [("qlora-k32", "qlora", "exact"), ("qlora", "qlora-k8", "exact"), ("qlora-k8", "qlora-k4", "exact"), ("qlora-k4", "qlora-k2", "exact")],
+    "C16": [("tqlora-cover", "qlora-cover-k4", "exact"), ("full-k4", "full-uniform-k4", "exact")],
 }
 
 SURVIVES = [("qlora", "qlora-uniform"), ("qlora-cover-k4", "qlora-uniform-k4"), ("tqlora", "qlora-uniform-k4"), ("tqlora", "tqlora-constant")]   # C7

@@ -91,7 +91,7 @@ def make_clone(folder, name, run):
     params = yaml.safe_load((ROOT/"params.yaml").read_text())
     params |= dict(profile="here", profiles={"here": dict(clips={"train": None, "test": None})}, corpus=dict(name=name, root=f"data/{name}"),
                    runs={"qlora": dict(frames=2, steps=2, batch_size=2, seeds=[0], **run)})
-    params["frames"] |= dict(budgets=[2], selectors=["entropy"], on_error="skip")
+    params["frames"] |= dict(budgets=[2], sets={}, selectors=["entropy"], on_error="skip")
     (folder/"params.yaml").write_text(yaml.safe_dump(params))
     return folder
 
