@@ -64,7 +64,8 @@ def measure(
     try:
         for batch in batches:
             for w in watches.values(): w.clips = len(batch["input_ids"])
-            model(**batch, use_cache=False).loss.backward()
+            with torch.set_grad_enabled("fisher" in kinds): loss = model(**batch, use_cache=False).loss
+            if "fisher" in kinds: loss.backward()
     finally:
         for h in handles: h.remove()
         for p in trained: p.requires_grad_()

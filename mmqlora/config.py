@@ -174,6 +174,7 @@ class GpuConfig(Strict):
     workers: int = Field(8, ge=1)                   # Processes on one GPU; a job waits until there is room for it
     run_gib: float = Field(2.5, ge=0)               # GPU memory of a run, and of each of its frames
     frame_gib: float = Field(.75, ge=0)
+    measure_gib: float = Field(4., ge=0)            # More, where an allocation measures
     seed: int = 0
     grid: dict[str, dict[str, list]] = {}           # As in tune, chosen on the machine
 

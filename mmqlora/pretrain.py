@@ -365,7 +365,7 @@ def provenance(model, config:PretrainConfig, curve:dict, command:str, commit:str
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return dict(params=sum(p.numel() for p in model.parameters()), steps=config.steps, seconds=(curve["seconds"] or [0.])[-1], gpu=gpu,
                 date=datetime.date.today().isoformat(), commit=commit or git_commit(), code_version=code_version(), versions=versions(),
-                command=command, config=config.model_dump(), curve=curve)
+                command=command, config=config.model_dump(exclude={"sizes"}), curve=curve)
 
 @contextmanager
 def rendered(config:PretrainConfig, workers:int|None=None):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from .allocate import MEASURED
 from .batch import ClipSet, add_marks, save_clips
 from .config import GpuConfig, Params, RunConfig, active_profile, run_config
 from .core import code_version, content_hash, file_hash, git_commit, hardware, read_json, repo_path, versions, write_json, write_text
@@ -166,7 +167,8 @@ class Room:
                 self.changed.notify_all()
 
     def for_job(self, params:Params, job:Job):
-        return self.taking(params.gpu.run_gib + params.gpu.frame_gib*run_config(params, job.run).frames)
+        config, gpu = run_config(params, job.run), params.gpu
+        return self.taking(gpu.run_gib + gpu.frame_gib*config.frames + gpu.measure_gib*(config.allocation in MEASURED))
 
 # %% ../nbs/12b_tier.ipynb #c7633e83
 def _kind(params:Params, job:Job) -> tuple:

@@ -40,7 +40,7 @@ check() {
 share() {   # many small kernels of many processes at a time on a card, instead of one process after the other
   command -v nvidia-cuda-mps-control > /dev/null || return 0
   export CUDA_MPS_PIPE_DIRECTORY=$kept/mps CUDA_MPS_LOG_DIRECTORY=$kept/mps-log; mkdir -p $kept/mps $kept/mps-log
-  pgrep -f "nvidia-cuda-mps-control -d" > /dev/null || nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY
+  [ -e $kept/mps/control ] || nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY
 }
 
 sizes() { (share; sleep ${WAIT:-50}; export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu sizes --workers ${SMALL_RENDER:-10}) > /dev/null & }
