@@ -22,7 +22,7 @@ from .config import FramesConfig, parse
 from .core import InputError, write_json
 from .corpus import ClipRecord, video_path
 from .frames import coverage, gains_of, interval_sum, select_frames, set_name, shared_budget
-from .signals import FLOW, NAMES, audio_energy, change_flow, frame_signals, scene_cuts
+from .signals import NAMES, audio_energy, frame_signals, scene_cuts
 from .video import read_audio, read_clip
 
 # %% ../nbs/06a_prepare.ipynb #d430f795
@@ -41,7 +41,7 @@ def pitch_classes(samples:np.ndarray, n:int) -> np.ndarray:
 def measure(path, size:int=32, start:float=0., end:float|None=None, selectors=(), fps:float|None=None) -> tuple:
     "Decode a span and measure it: (`Clip`, {signal name: (T,)}); cuts and sound only where one of `selectors` follows them."
     clip = read_clip(path, size, start, end, fps)
-    signals, n = frame_signals(clip.frames) | dict(zip(FLOW, change_flow(clip.frames).T)), len(clip.frames)
+    signals, n = frame_signals(clip.frames, flow=True), len(clip.frames)
     if "scene" in selectors: signals["cuts"] = scene_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]) if n > 1 else 25.)
     if {"sound", "mixture"} & set(selectors): signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
     return clip, signals
