@@ -37,26 +37,32 @@ def along(signal:np.ndarray, # (T,) non-negative
     return _distinct(np.minimum(index, n - 1), n)
 
 # %% ../nbs/05_frames.ipynb #82866e25
+def _pieces(start:int, end:int, rows:int=256) -> list[slice]:
+    "[start, end) in pieces that fit the processor's cache."
+    return [slice(i, min(i + rows, end)) for i in range(start, end, rows)]
+
 def _covered(signal:np.ndarray, k:int, floor:float, reach:float):
     "Yields (frame, gain), greatest gain first; k frames in all. A choice changes the gains around it only, so time does not grow with k * n."
     n, radius = len(signal), int(np.ceil(reach)) - 1
-    mass = signal.astype(np.float64)/(signal.sum(dtype=np.float64) or 1.)
+    mass, local = np.zeros(n + 2*radius), np.zeros(n + 2*radius)               # local: how far each instant is explained so far
+    mass[radius:n + radius] = signal.astype(np.float64)/(signal.sum(dtype=np.float64) or 1.)
+    windows, around = (sliding_window_view(x, 2*radius + 1) for x in (mass, local))          # (n, 2 radius + 1)
     kernel = 1 - (np.arange(-radius, radius + 1)/reach)**2
-    windows = sliding_window_view(np.pad(mass, radius), 2*radius + 1)          # (n, 2 radius + 1)
-    local = np.zeros(n + 2*radius)                                             # how far each instant is explained so far
-    around = sliding_window_view(local, 2*radius + 1)
     cells = (np.arange(min(n, 64)) + .5)*n/min(n, 64) - .5
     spread = np.maximum(1 - abs(np.arange(n)[:, None] - cells)*k/n, 0)         # (n, cells)
-    even, free, gain = np.zeros(len(cells)), np.ones(n, bool), np.empty(n)
-    near, span = slice(0, n), 2*max(radius, int(np.ceil(n/k)))
+    explains, evens, even, taken = np.empty(n), np.empty(n), np.zeros(len(cells)), []
+    near = far = (0, n)
     for _ in range(k):
-        gain[near] = (1 - floor)*(windows[near]*np.maximum(kernel - around[near], 0)).sum(1)
-        gain[near] += floor*np.maximum(spread[near] - even, 0).mean(1)
-        j = int(np.where(free, gain, -1).argmax())
-        free[j], even = False, np.maximum(even, spread[j])
-        local[j:j + 2*radius + 1] = np.maximum(local[j:j + 2*radius + 1], kernel)
-        near = slice(max(0, j - span), j + span + 1)
+        for part in _pieces(*near): explains[part] = (windows[part]*np.maximum(kernel - around[part], 0)).sum(1)
+        for part in _pieces(*far): evens[part] = np.maximum(spread[part] - even, 0).sum(1)
+        gain = (1 - floor)*explains + floor*(evens/len(cells))
+        gain[taken] = -1
+        j = int(gain.argmax())
         yield j, float(gain[j])
+        taken.append(j)
+        even = np.maximum(even, spread[j])
+        local[j:j + 2*radius + 1] = np.maximum(local[j:j + 2*radius + 1], kernel)
+        near, far = ((max(0, j - d), min(n, j + d + 1)) for d in (2*radius, 2*int(np.ceil(n/k))))
 
 def _reach(n:int) -> float: return min(max(n/10, 2.), 64.)
 

@@ -41,7 +41,7 @@ def pitch_classes(samples:np.ndarray, n:int) -> np.ndarray:
 def measure(path, size:int=32, start:float=0., end:float|None=None, selectors=(), fps:float|None=None) -> tuple:
     "Decode a span and measure it: (`Clip`, {signal name: (T,)}); cuts and sound only where one of `selectors` follows them."
     clip = read_clip(path, size, start, end, fps)
-    signals, n = frame_signals(clip.frames, flow=True), len(clip.frames)
+    signals, n = frame_signals(clip.frames, (*NAMES, "change")), len(clip.frames)
     if "scene" in selectors: signals["cuts"] = scene_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]) if n > 1 else 25.)
     if {"sound", "mixture"} & set(selectors): signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
     return clip, signals
