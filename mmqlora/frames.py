@@ -155,9 +155,9 @@ def set_name(selector:str, k:int) -> str:
     return f"{selector}-{k}"
 
 # %% ../nbs/05_frames.ipynb #92e3e1b8
-def interval_sum(signal:np.ndarray, # (T,)
+def interval_sum(signal:np.ndarray, # (..., T)
                  chosen:np.ndarray, # (K,) increasing frame indices
-                )->np.ndarray:      # (K,)
+                )->np.ndarray:      # (..., K) float32
     "Sum of `signal` over (previous chosen frame, this chosen frame]; the first interval starts at frame 0."
-    cumulative = np.cumsum(signal, dtype=np.float64)[chosen]
+    cumulative = np.cumsum(signal, -1, dtype=np.float64)[..., chosen]
     return np.diff(cumulative, prepend=0.).astype(np.float32)
