@@ -64,6 +64,7 @@ def _covered(signal:np.ndarray, k:int, floor:float, reach:float):
         local[j:j + 2*radius + 1] = np.maximum(local[j:j + 2*radius + 1], kernel)
         near, far = ((max(0, j - d), min(n, j + d + 1)) for d in (2*radius, 2*int(np.ceil(n/k))))
 
+# %% ../nbs/05_frames.ipynb #377ddcb7
 def _reach(n:int) -> float: return min(max(n/10, 2.), 64.)
 
 def cover(signal:np.ndarray,       # (T,) non-negative

@@ -39,7 +39,7 @@ def _change(grey:np.ndarray, last=None) -> np.ndarray:
     change[:, 0] = 0 if last is None else grey[:, 0] - last
     return change
 
-# %% ../nbs/04_signals.ipynb #351dc309
+# %% ../nbs/04_signals.ipynb #09cdfd12
 def _block_means(change:np.ndarray) -> np.ndarray:
     "(columns, T, H, grid) -> (T, grid * grid) means over the blocks."
     columns, t, h, grid = change.shape
@@ -126,8 +126,9 @@ def _flow(change:np.ndarray, noise:float) -> np.ndarray:
     sides = np.column_stack([step, light])
     return np.column_stack([np.maximum(np.stack([sides, -sides], 2), 0).reshape(-1, 6), amount]).astype(np.float32)
 
+# %% ../nbs/04_signals.ipynb #d6428399
 def _moving_flow(change:np.ndarray, size:np.ndarray, noise:float=12.) -> np.ndarray:
-    "(columns, T, H, grid) change and its `size` (absolute) -> (T, 7). Most frames hold noise alone, and these flow alike: as the last one here."
+    "(columns, T, H, grid) change and its `size` (absolute) -> (T, 7). Frames of noise alone all flow like the last one here, of zeros."
     columns, t, h, grid = change.shape
     moving = np.flatnonzero(size.max(0).reshape(t, -1).max(1) > noise)
     frames = np.zeros((len(moving) + 1, h, grid, columns), np.float32)
