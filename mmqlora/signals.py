@@ -39,7 +39,7 @@ def _change(grey:np.ndarray, last=None) -> np.ndarray:
     change[:, 0] = 0 if last is None else grey[:, 0] - last
     return change
 
-# %% ../nbs/04_signals.ipynb #09cdfd12
+# %% ../nbs/04_signals.ipynb #5020bcaf
 def _block_means(change:np.ndarray) -> np.ndarray:
     "(columns, T, H, grid) -> (T, grid * grid) means over the blocks."
     columns, t, h, grid = change.shape
@@ -126,7 +126,7 @@ def _flow(change:np.ndarray, noise:float) -> np.ndarray:
     sides = np.column_stack([step, light])
     return np.column_stack([np.maximum(np.stack([sides, -sides], 2), 0).reshape(-1, 6), amount]).astype(np.float32)
 
-# %% ../nbs/04_signals.ipynb #d6428399
+# %% ../nbs/04_signals.ipynb #304a4eba
 def _moving_flow(change:np.ndarray, size:np.ndarray, noise:float=12.) -> np.ndarray:
     "(columns, T, H, grid) change and its `size` (absolute) -> (T, 7). Frames of noise alone all flow like the last one here, of zeros."
     columns, t, h, grid = change.shape
@@ -149,8 +149,9 @@ MEASURED = ("motion", "entropy", "change")                                   # W
 class SignalStream:
     "Signals of frames that arrive in pieces: those in `names`, of motion, entropy, change and `FLOW`."
     def __init__(self, grid:int=8, names=MEASURED):
-        if unknown := sorted({*names} - {*NAMES, *MEASURED}): raise InputError("signals", f"unknown signal '{unknown[0]}'", f"choose from: {', '.join((*MEASURED, *FLOW))}")
         self.grid, self.names, self.last, self.change, self.colors, self.flow = grid, tuple(names), None, [], [], []
+        if unknown := sorted({*self.names} - {*NAMES, *MEASURED}):
+            raise InputError("signals", f"unknown signal '{unknown[0]}'", f"choose from: {', '.join((*MEASURED, *FLOW))}")
     def add(self, frames:np.ndarray):
         "Take the next frames, (t, H, W, 3) uint8."
         wide = _wide(frames, self.grid)
