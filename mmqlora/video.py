@@ -120,11 +120,21 @@ def _frames_from(container, stream, time:float):
         _seek(container, stream, 0.)
     return _timed(container, stream)
 
+# %% ../nbs/03_video.ipynb #7f3c743a
+class _Rate:
+    "At most `fps` frames a second: `due(time)`, asked for increasing times, says whether the frame there is one of them."
+    def __init__(self, fps:float|None): self.fps, self.next = fps, None
+    def due(self, time:float) -> bool:
+        if self.next is None: self.next = time
+        if time < self.next - 1e-6: return False
+        self.next += max(1, int((time - self.next)*self.fps) + 1)/self.fps
+        return True
+
 # %% ../nbs/03_video.ipynb #d1a863ff
 def _pyav(path, size:int, start:float, end:float|None, fps:float|None):
     "(scaler with the frames, their times) of a span, both empty if it holds no frame; raises `InputError` where the stream is broken or ends early."
     with _open(path) as container:
-        stream, scaler, times, last, due = _video_stream(container, path), _Scaler(size), [], None, -1.
+        stream, scaler, times, last, rate = _video_stream(container, path), _Scaler(size), [], None, _Rate(fps)
         lonely = stream.duration or len(container.streams) == 1               # else the length may be that of the sound
         seconds = _seconds(container, stream) if lonely and (stream.duration or container.duration) else 0.
         try:
@@ -132,9 +142,7 @@ def _pyav(path, size:int, start:float, end:float|None, fps:float|None):
                 last = time
                 if time < start - 1e-6: continue
                 if end is not None and time >= end: return scaler, times
-                if fps:
-                    if time < due - 1e-6: continue
-                    due = (time if due < 0 else due) + 1/fps
+                if fps and not rate.due(time): continue
                 scaler.add(frame)
                 times.append(time)
         except av.error.FFmpegError as err: raise InputError(_name(path), f"broken video stream ({err.strerror})") from None
@@ -160,14 +168,13 @@ def _torchcodec(path, size:int, start:float, end:float|None, fps:float|None):
     _open(path).close()                                                       # the same files are refused, in the same words
     try: decoder = VideoDecoder(str(Path(path).absolute()), dimension_order="NHWC")
     except (RuntimeError, ValueError) as err: raise InputError(_name(path), f"not a readable video ({str(err).splitlines()[0]})") from None
-    scaler, times, origin, due = _Scaler(size), [], decoder.metadata.begin_stream_seconds or 0., -1.
+    scaler, times, origin, rate = _Scaler(size), [], decoder.metadata.begin_stream_seconds or 0., _Rate(fps)
     first = bisect_left(range(len(decoder)), start - 1e-6, key=lambda i: decoder.get_frame_at(i).pts_seconds - origin) if start else 0
     for i in range(first, len(decoder)):
         frame = decoder.get_frame_at(i)
         time = frame.pts_seconds - origin
         if end is not None and time >= end: break
-        if fps and time < due - 1e-6: continue
-        due = time + 1/fps if fps and due < 0 else due + 1/fps if fps else due
+        if fps and not rate.due(time): continue
         full = av.VideoFrame.from_ndarray(frame.data.numpy(), format="rgb24")
         scaler.add(full.reformat(format="yuv420p"))                           # back to where PyAV scales from
         times.append(time)
