@@ -22,7 +22,7 @@ from .config import FramesConfig, parse
 from .core import InputError, write_json
 from .corpus import ClipRecord, video_path
 from .frames import coverage, gains_of, interval_sum, select_frames, set_name, shared_budget
-from .signals import FLOW, NAMES, audio_energy, change_flow, frame_signals, scene_cuts
+from .signals import NAMES, audio_energy, frame_signals, scene_cuts
 from .video import read_audio, read_clip
 
 # %% ../nbs/06a_prepare.ipynb #d430f795
@@ -41,33 +41,35 @@ def pitch_classes(samples:np.ndarray, n:int) -> np.ndarray:
 def measure(path, size:int=32, start:float=0., end:float|None=None, selectors=(), fps:float|None=None) -> tuple:
     "Decode a span and measure it: (`Clip`, {signal name: (T,)}); cuts and sound only where one of `selectors` follows them."
     clip = read_clip(path, size, start, end, fps)
-    signals, n = frame_signals(clip.frames) | dict(zip(FLOW, change_flow(clip.frames).T)), len(clip.frames)
+    signals, n = frame_signals(clip.frames, (*NAMES, "change")), len(clip.frames)
     if "scene" in selectors: signals["cuts"] = scene_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]) if n > 1 else 25.)
     if {"sound", "mixture"} & set(selectors): signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
     return clip, signals
 
+def _told(times, dense, index) -> tuple:
+    "Of chosen frames: position (K,) in the clip, 0 to 1, and gate signals (K, 9), from the `dense` ones (9, T)."
+    gate = np.ascontiguousarray(interval_sum(dense, index).T)
+    gate[:, :2] = np.log1p(gate[:, :2])                                    # energies span decades, the flow does not
+    length = (times[-1] - times[0])*len(times)/max(1, len(times) - 1) or 1.  # the last frame lasts too
+    return ((times[index] - times[0])/length).astype(np.float32), gate
+
 def choose(clip, signals:dict, selector:str, k:int, config:FramesConfig, name:str="") -> tuple:
     "The `k` frames that `selector` chooses: pixels (K, 3, S, S), position (K,), gate signals (K, 9), indices (K,)."
-    n = len(clip.frames)
-    index = select_frames(selector, signals, n, k, config.floor, config.seed, name)
-    gate = np.stack([interval_sum(signals[s], index) for s in NAMES], 1)
-    gate[:, :2] = np.log1p(gate[:, :2])                                    # energies span decades, the flow does not
-    length = (clip.times[-1] - clip.times[0])*n/max(1, n - 1) or 1.        # the last frame lasts too
-    position = (clip.times[index] - clip.times[0])/length
-    return clip.frames[index].transpose(0, 3, 1, 2), position.astype(np.float32), gate.astype(np.float32), index
+    index = select_frames(selector, signals, len(clip.frames), k, config.floor, config.seed, name)
+    return clip.frames[index].transpose(0, 3, 1, 2), *_told(clip.times, np.stack([signals[s] for s in NAMES]), index), index
 
-def _heard(path, n:int, index, start:float=0., end:float|None=None) -> np.ndarray:
-    "(K,) pitch class heard since the chosen frame before, of a span decoded to n frames."
-    samples = read_audio(path)[int(start*RATE):None if end is None else int(end*RATE)]
-    return dominant_pitch(torch.from_numpy(pitch_classes(samples, n))[None], torch.as_tensor(np.asarray(index))[None])[0].numpy()
+def _heard(pitch, index) -> np.ndarray:
+    "(T,) pitch classes -> (K,): what was heard since the chosen frame before."
+    return dominant_pitch(torch.from_numpy(pitch)[None], torch.from_numpy(index)[None])[0].numpy()
 
 def _prepare_clip(root, config:FramesConfig, audio:bool, record:ClipRecord) -> dict:
     torch.set_num_threads(1)
     path = video_path(root, record)
     clip, signals = measure(path, config.size, record.start, record.end, config.selectors, config.fps)
+    pitch = pitch_classes(read_audio(path, RATE, record.start, record.end), len(clip.frames)) if audio else None      # once for all sets
     chosen = {set_name(s, k): choose(clip, signals, s, k, config, record.id) for s in config.selectors if s != ADAPTIVE for k in config.budgets_of(s)}
-    if audio: chosen = {s: (*c, _heard(path, len(clip.frames), c[3], record.start, record.end)) for s, c in chosen.items()}
-    return chosen | {set_name(ADAPTIVE, k): offer(clip, signals, k, config, path if audio else None, record) for k in config.budgets_of(ADAPTIVE)}
+    if audio: chosen = {s: (*c, _heard(pitch, c[3])) for s, c in chosen.items()}
+    return chosen | {set_name(ADAPTIVE, k): offer(clip, signals, k, config, pitch) for k in config.budgets_of(ADAPTIVE)}
 
 # %% ../nbs/06a_prepare.ipynb #c108ebe6
 ADAPTIVE = "adaptive"
@@ -78,18 +80,13 @@ class Offer(NamedTuple):
     def take(self, n:int, k:int) -> tuple:
         "The best n frames, padded to k: as `choose`, and how many are real."
         index = np.sort(self.order[:n])
-        gate = np.stack([interval_sum(s, index) for s in self.signals], 1)
-        gate[:, :2] = np.log1p(gate[:, :2])
-        length = (self.times[-1] - self.times[0])*len(self.times)/max(1, len(self.times) - 1) or 1.
-        pixels = self.pixels[np.argsort(self.order[:n])].transpose(0, 3, 1, 2)
-        parts = [pixels, ((self.times[index] - self.times[0])/length).astype(np.float32), gate.astype(np.float32), index]
-        if self.pitch is not None: parts.append(dominant_pitch(torch.from_numpy(self.pitch)[None], torch.from_numpy(index)[None])[0].numpy())
+        parts = [self.pixels[np.argsort(self.order[:n])].transpose(0, 3, 1, 2), *_told(self.times, self.signals, index), index]
+        if self.pitch is not None: parts.append(_heard(self.pitch, index))
         return *(np.concatenate([p, np.zeros((k - n, *p.shape[1:]), p.dtype)]) for p in parts), np.int64(n)
 
-def offer(clip, signals:dict, k:int, config:FramesConfig, path=None, record=None) -> Offer:
-    "Up to 2 k frames of a clip, for a mean of k; with the file `path` also what is heard."
+def offer(clip, signals:dict, k:int, config:FramesConfig, pitch=None) -> Offer:
+    "Up to 2 k frames of a clip, for a mean of k; with the pitch classes (T,) of what is heard, if that is asked for."
     order, gains = zip(*gains_of(signals["change"], 2*k, config.floor))
-    pitch = pitch_classes(read_audio(path)[int(record.start*RATE):None if record.end is None else int(record.end*RATE)], len(clip.frames)) if path else None
     return Offer(np.array(order), list(gains), clip.frames[list(order)], clip.times, np.stack([signals[s] for s in NAMES]), pitch)
 
 # %% ../nbs/06a_prepare.ipynb #c6190fbf

@@ -8,11 +8,11 @@ from typing import get_args
 from mmqlora.decoding import best_seconds, sample_videos
 from mmqlora.config import FramesConfig, Selector
 from mmqlora.core import InputError, read_json, rng_for
-from mmqlora.frames import SELECTORS, adaptive_budgets, along, by_scene, cover, coverage, mixture, select_frames
+from mmqlora.frames import SELECTORS, adaptive_budgets, along, by_scene, cover, coverage, gains_of, mixture, select_frames
 from mmqlora.prepare import ADAPTIVE, load_videos, measure, prepare
 from mmqlora.render import render, sound
 from mmqlora.scenes import FPS, FRAMES, target_scene
-from mmqlora.signals import SignalStream, audio_energy, block_change, block_colors, change_entropy, change_mass, frame_signals, motion_energy, scene_cuts, spatial_entropy
+from mmqlora.signals import FLOW, SignalStream, audio_energy, block_change, block_colors, change_entropy, change_mass, frame_signals, motion_energy, scene_cuts, spatial_entropy
 from mmqlora.video import read_clip
 
 
@@ -123,6 +123,60 @@ def test_blocks_are_means_of_their_pixels_at_any_size():
         grey = np.zeros(cut.shape[:-1])
         grey[1:] = abs(np.diff(cut.mean(-1), axis=0))
         np.testing.assert_allclose(block_change(frames), grey.mean((2, 4)).reshape(3, 64), rtol=1e-4, atol=1e-4)
+
+
+def plain_flow(frames, noise=12.):
+    "`change_flow` as its formulas stand, over all frames."
+    def centre(mass):
+        total = mass.sum((1, 2)) + 1e-3
+        x, y = ((mass.sum(axis)*(np.arange(side) + .5)/side).sum(1) for axis, side in ((1, mass.shape[2]), (2, mass.shape[1])))
+        return np.stack([x, y], 1)/total[:, None], total
+    grey = frames.astype(np.float32).mean(-1)
+    change = np.diff(grey, axis=0, prepend=grey[:1])
+    (to, gained), (fro, lost) = (centre(np.maximum(side - noise, 0)) for side in (change, -change))
+    amount = np.log1p((gained + lost)/(.1*grey[0].size))
+    step = (to - fro)*(amount*np.minimum(gained, lost)/np.maximum(gained, lost))[:, None]
+    light = (gained - lost)/(gained + lost)*amount
+    return np.stack([*(part for v in (*step.T, light) for part in (np.maximum(v, 0), np.maximum(-v, 0))), amount], 1).astype(np.float32)
+
+
+def plain_signals(frames, g=8):
+    "motion, entropy, change as their formulas stand; sums in the order left to right, then top to bottom."
+    blocks = frames.reshape(len(frames), g, frames.shape[1]//g, g, frames.shape[2]//g, 3)
+    grey = blocks.sum(-1, dtype=np.uint16).astype(np.float32)/np.float32(3)
+    change = abs(np.diff(grey, axis=0, prepend=grey[:1]))
+    columns = sum((change[..., j] for j in range(1, change.shape[-1])), change[..., 0])
+    change = (sum((columns[:, :, i] for i in range(1, columns.shape[2])), columns[:, :, 0])/np.float32(blocks.shape[2]*blocks.shape[4])).reshape(len(frames), -1)
+    share = np.stack([np.bincount(np.minimum((row/4).astype(int), 15), minlength=16) for row in change])/g**2
+    entropy = -(share*np.log2(np.where(share > 0, share, 1))).sum(1)
+    step = np.sqrt((np.diff(blocks.mean((2, 4), dtype=np.float64).reshape(len(frames), -1, 3).astype(np.float32), axis=0)**2).mean(2))
+    excess = np.maximum(step/(np.median(step, axis=0) + .3) - 3., 0).sum(1)
+    above = [np.maximum(x - np.median(x), 0).astype(np.float32) for x in (change.mean(1), entropy)]
+    return dict(motion=above[0], entropy=above[1], change=np.log1p(np.concatenate([[0.], excess])).astype(np.float32))
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_signals_are_those_of_the_plain_formulas_to_the_last_bit(side):
+    frames = np.concatenate([render(s, side) for s in scenes(4, ood=True) + scenes(4)])
+    for n in (1, 2, 33, len(frames)):
+        plain = plain_signals(frames[:n]) if n > 1 else {}
+        for name, signal in (plain | dict(zip(FLOW, plain_flow(frames[:n]).T))).items():
+            assert np.array_equal(frame_signals(frames[:n], [name])[name], signal), (name, n)
+
+
+def test_cover_is_the_plain_greedy_choice_with_the_same_gains():
+    for n, k in ((32, 8), (700, 9), (70, 70), (1, 1)):
+        signal, reach = rng_for(n, "greedy").random(n)**4, min(max(n/10, 2.), 64.)
+        gap = abs(np.arange(n)[:, None] - np.arange(n))
+        kernel, cells = np.maximum(1 - (gap/reach)**2, 0), (np.arange(min(n, 64)) + .5)*n/min(n, 64) - .5
+        spread, local, even, taken = np.maximum(1 - abs(np.arange(n)[:, None] - cells)*k/n, 0), np.zeros(n), np.zeros(len(cells)), []
+        for j, gain in gains_of(signal, k):
+            gains = .65*(signal/signal.sum()*np.maximum(kernel - local, 0)).sum(1) + .35*np.maximum(spread - even, 0).mean(1)
+            gains[taken] = -1
+            assert gains[j] > gains.max() - 1e-12 and abs(gains[j] - gain) < 1e-12
+            taken.append(j)
+            local, even = np.maximum(local, kernel[j]), np.maximum(even, spread[j])
+        assert len({*taken}) == k
 
 
 def test_spatial_entropy_of_flat_noise_and_two_tones():

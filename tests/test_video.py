@@ -194,6 +194,11 @@ def test_frames_a_second_thin_out_evenly(tmp_path):
     assert len(read_clip(path, fps=1000).frames) == 60
 
 
+def test_frames_a_second_do_not_make_up_for_a_pause(tmp_path):
+    path = write(tmp_path/"pause.mkv", n=9, codec="ffv1", times=[0, .1, .2, 3., 3.1, 3.2, 3.3, 3.4, 3.5])
+    np.testing.assert_allclose(read_clip(path, fps=4).times, [0, 3., 3.3, 3.5], atol=2e-3)      # a grid of .25 s: not all after 3 s
+
+
 @pytest.mark.parametrize("name, kind", [("a.mp4", {}), ("b.mp4", dict(codec="libx264")), ("c.avi", {}), ("d.mkv", dict(codec="libx264")),
                                         ("e.webm", dict(codec="libvpx")), ("f.gif", dict(codec="gif", pix="rgb8")), ("g.ts", dict(codec="mpeg2video", fps=25, container="mpegts"))])
 def test_chosen_instants_are_the_frames_on_screen_then(tmp_path, name, kind):
