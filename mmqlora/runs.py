@@ -12,7 +12,7 @@ import os, time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -64,9 +64,14 @@ class SplitData:
     def groups(self) -> list[str]: return groups_of(self.records) if self.records else self.galleries
 
 # %% ../nbs/12a_runs.ipynb #8d6fd13e
+@lru_cache(maxsize=1)
+def _records(root:Path, written:int) -> list[ClipRecord]: return read_records(root)
+
 def split_records(params:Params, split:str, frames="artifacts/frames") -> list[ClipRecord]:
     "Records of a split under the active profile, without those that the stage `frames` had to leave out."
-    records = of_split(read_records(repo_path(params.corpus.root)), split, active_profile(params).clips[split])
+    root = repo_path(params.corpus.root)
+    path = root/"records.jsonl"                                        # read once for all splits, again if it changes
+    records = of_split(_records(root, path.stat().st_mtime_ns if path.is_file() else 0), split, active_profile(params).clips[split])
     if params.frames.on_error != "skip": return records
     kept = set(read_json(repo_path(frames, f"kept-{split}.json"))["kept"])
     return [r for r in records if r.id in kept]
