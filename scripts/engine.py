@@ -97,13 +97,15 @@ def execute(notebook:str, *given:str) -> int:
 
 
 def answer(client:socket.socket) -> int:
-    "In a fork: the notebook that the client wants, on its terminal; ends with it."
+    "In a fork: the notebook that the client wants, in its folder, on its terminal; ends with it."
     asked, terminal, *_ = socket.recv_fds(client, 2**16, 3)
     for i, fd in enumerate(terminal): os.dup2(fd, i)
     os.setpgid(0, 0)
     def end_with_client(): client.recv(1) or os.killpg(0, signal.SIGKILL)
     threading.Thread(target=end_with_client, daemon=True).start()
-    code = execute(*json.loads(asked))
+    folder, argv = json.loads(asked)
+    os.chdir(folder)
+    code = execute(*argv)
     client.send(bytes([code]))
     return code
 

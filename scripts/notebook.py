@@ -12,7 +12,7 @@ import sys
 def ask(path:str, argv:list[str]) -> int:
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
-        socket.send_fds(server, [json.dumps(argv).encode()], [0, 1, 2])
+        socket.send_fds(server, [json.dumps([os.getcwd(), argv]).encode()], [0, 1, 2])
         return (server.recv(1) or b"\1")[0]
 
 
