@@ -14,7 +14,6 @@ from tqdm import tqdm
 from .adapters import tokens_per_frame
 from .batch import ClipSet, caption_ids, collate
 from .core import InputError
-from .lean import unchanged
 from .temporal import set_frame_signals, standardized
 from .train import caption_loss
 
@@ -35,7 +34,6 @@ def _batches(model, tokenizer, clips:ClipSet, captions, prompts, signals, batch_
 
 # %% ../nbs/10_predict.ipynb #9d90fd8a
 @torch.no_grad()
-@unchanged()
 def write_answers(
     model, tokenizer,              # From `load_model` or `build`
     clips:ClipSet,                 # N clips; with `audio`, the model hears them
@@ -77,7 +75,6 @@ def _go_on(model, tokenizer, cache, before, prompts:list[str], longest:int) -> l
     return tokenizer.batch_decode(told.masked_fill(end, tokenizer.pad_token_id), skip_special_tokens=True)
 
 @torch.no_grad()
-@unchanged()
 def write_rounds(model, tokenizer, clips:ClipSet, rounds:list[tuple[list[str], int]], signals=None, batch_size:int|None=None) -> list[list[str]]:
     "For each round (N prompts, most tokens of an answer) the answers that `write_answers` writes, from one reading of the frames."
     model.eval()
@@ -91,7 +88,6 @@ def write_rounds(model, tokenizer, clips:ClipSet, rounds:list[tuple[list[str], i
 
 # %% ../nbs/10_predict.ipynb #e2311d14
 @torch.no_grad()
-@unchanged()
 def score_captions(model, tokenizer, clips:ClipSet, captions:list[str], signals=None, batch_size:int|None=None, prompts:list[str]|None=None) -> torch.Tensor:
     "(N,) mean log-likelihood per token of caption i given clip i, and prompt i if there are any."
     if len(captions) != len(clips): raise InputError("captions", f"{len(captions)} captions for {len(clips)} clips")
@@ -130,7 +126,6 @@ def _large(model, tokenizer, clips:ClipSet, rows:list[int], ids:list, signals, p
     return torch.cat([row(i) for i in tqdm(rows, desc="gallery", mininterval=5, leave=False)])
 
 @torch.no_grad()
-@unchanged()
 def score_galleries(model, tokenizer, clips:ClipSet, captions:list[str], galleries:list[str], signals=None, prompt:str|None=None) -> torch.Tensor:
     "(galleries, G, G) log-likelihood per token: [g, i, j] is caption j given clip i of gallery g (and `prompt`, e.g. `in german`). Galleries must be equally large."
     groups = {}
