@@ -14,7 +14,7 @@ import torch
 
 from .batch import ClipSet, caption_ids
 from .config import RunConfig
-from .core import InputError, rng_for
+from .core import InputError, compact, rng_for
 from .grammar import TRANSIENT, slots_of
 from .insight import gate_map, spectra
 from .metrics import exact_match, slot_scores
@@ -80,8 +80,6 @@ def disorder_scores(model, tokenizer, clips:ClipSet, captions:list[str], signals
 # %% ../nbs/11d_checks.ipynb #1972e45e
 SHOWN = 4                                                    # Clips whose gates are kept
 
-def _plain(values): return [_plain(v) if np.ndim(v) else None if np.isnan(v) else round(float(v), 4) for v in values]
-
 def check_scores(model, tokenizer, config:RunConfig, data, signals) -> dict[str, np.ndarray]:
     "metric -> (clips,) scores of the checks of a run, on a split with name, clips, captions and records."
     n, k, size = *data.clips.position.shape, data.clips.pixels.shape[-1]
@@ -100,5 +98,5 @@ def first_gallery(model, tokenizer, data, signals) -> list:
 def checked(model, tokenizer, config:RunConfig, data, signals) -> dict:
     "scores, gallery, gates of a few clips, spectra: plain lists."
     scores, gates = check_scores(model, tokenizer, config, data, signals), gate_map(model, signals[:SHOWN])
-    if gates: gates |= dict(position=_plain(data.clips.position[:SHOWN]), signals=_plain(signals[:SHOWN]))
-    return dict(scores={name: _plain(v) for name, v in scores.items()}, gallery=_plain(first_gallery(model, tokenizer, data, signals)), gates=gates, spectra=spectra(model))
+    if gates: gates |= dict(position=compact(data.clips.position[:SHOWN]), signals=compact(signals[:SHOWN]))
+    return dict(scores={name: compact(v) for name, v in scores.items()}, gallery=compact(first_gallery(model, tokenizer, data, signals)), gates=gates, spectra=spectra(model))

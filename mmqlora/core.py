@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'InputError', 'repo_root', 'repo_path', 'seed_for', 'rng_for', 'atomic_path', 'write_text', 'write_json',
            'read_json', 'content_hash', 'file_hash', 'package_folder', 'code_version', 'versions', 'git_commit',
-           'hardware', 'result_record']
+           'hardware', 'cores', 'compact', 'result_record']
 
 # %% ../nbs/00_core.ipynb #28d8e78a
 import hashlib, importlib.metadata, importlib.util, json, os, platform, re, subprocess, tempfile
@@ -120,6 +120,19 @@ def git_commit() -> str:
 def hardware() -> dict:
     "What this ran on, as far as it shapes time and memory."
     return {"machine": platform.machine(), "system": platform.system(), "cpus": len(os.sched_getaffinity(0))}
+
+# %% ../nbs/00_core.ipynb #359326ec
+def cores() -> int:
+    "Processor cores that this run may use: `MMQLORA_CORES`, or all."
+    asked = os.environ.get("MMQLORA_CORES", "")
+    if asked and not (asked.isdecimal() and int(asked)): raise InputError("MMQLORA_CORES", f"'{asked}' is not a number of cores")
+    return int(asked) if asked else len(os.sched_getaffinity(0))
+
+# %% ../nbs/00_core.ipynb #44ca20b1
+def compact(values):
+    "Nested lists of a number, or of an array or tensor of them, for JSON: four decimals, whole numbers as such, None for nan."
+    if np.ndim(values): return [compact(v) for v in values]
+    return None if np.isnan(values) else round(float(values), 4) if values % 1 else int(values)
 
 # %% ../nbs/00_core.ipynb #6a3672ff
 def result_record(

@@ -416,6 +416,7 @@ def wire_gates(
 # %% ../nbs/08_temporal.ipynb #50492cce
 def set_frame_signals(model, signal, frames=None):
     "Give the gates of `model` the signals of the next batch: (B, K, C or more), of which `frames` (B,) are real, or a list of (K_b, C or more). They see the first C; a model without gates ignores them."
+    if not any(isinstance(c, TemporalLoraConfig) for c in getattr(model, "peft_config", {}).values()): return      # every step asks
     for layer in model.modules():
         if isinstance(layer, Gated) and layer.frame_state is not None:
             like = next(iter(layer.lora_A.values())).weight

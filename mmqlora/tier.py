@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from .allocate import MEASURED
 from .batch import ClipSet, add_marks, save_clips
 from .config import GpuConfig, Params, RunConfig, active_profile, run_config
-from .core import code_version, content_hash, file_hash, git_commit, hardware, read_json, repo_path, versions, write_json, write_text
+from .core import code_version, compact, content_hash, file_hash, git_commit, hardware, read_json, repo_path, versions, write_json, write_text
 from .corpus import of_split, read_records
 from .grounding import align, base_states, compiled, train_tower
 from .mmevents import build_mmevents
@@ -30,7 +30,7 @@ from .model import load_model, save_model
 from .predict import write_captions
 from .prepare import prepare
 from .pretrain import FAST, render_base
-from .runs import SplitData, combine, load_split, read_split, run_seed, scored
+from .runs import combine, load_split, read_split, run_seed, scored, split_data
 from .scenes import FRAMES
 from .smollm2 import graft
 
@@ -120,8 +120,6 @@ def _loader(params:Params, frames):
         return data
     return load
 
-def _plain(values) -> list: return [None if v != v else round(float(v), 4) if v % 1 else int(v) for v in np.asarray(values, float).tolist()]
-
 def do_job(params:Params, job:Job, load) -> dict:
     "Train and measure one job; what its file holds."
     config = run_config(params, job.run).model_copy(update=dict(job.change))
@@ -129,7 +127,7 @@ def do_job(params:Params, job:Job, load) -> dict:
     data = {split: load(config.selector, config.frames, split, config.audio) for split in ("train", *job.splits)}
     result = run_seed(job.run, config, job.seed, data, measure=read_split)
     if torch.cuda.is_available(): result["cost"]["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
-    read = {s: dict(per_clip={k: _plain(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
+    read = {s: dict(per_clip={k: compact(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
     return dict(job=asdict(job), config_hash=content_hash(config.model_dump()), **(result | dict(results=read)))
 
 # %% ../nbs/12b_tier.ipynb #cf6400d0
@@ -265,7 +263,7 @@ def collect(params:Params, out="artifacts/gpu/queue") -> tuple[dict, list[str]]:
     "({run: result record}, runs that are not complete) from the files in folder `out`."
     records, profile, made, missing = read_records(repo_path(params.corpus.root)), active_profile(params), {}, []
     parts = {s: of_split(records, s, profile.clips[s]) for s in ("test", "ood")}
-    data = {s: SplitData(s, None, [r.captions["en"][0] for r in part], [r.gallery for r in part], part) for s, part in parts.items()}
+    data = {s: split_data(RunConfig(), s, part) for s, part in parts.items()}
     captions = {s: d.captions for s, d in data.items()}
     for run in params.runs:
         config, paths = run_config(params, run), [repo_path(out, f"{j.key}.json") for j in jobs_of(params, [run])]

@@ -2,20 +2,35 @@
 """Runs of params.yaml (those given, or all) that are not up to date, one per core at a time: what `dvc repro finetune` does in turn.
 
 DVC executes, locks and records every run when it ends: stop and start as you like. A run has one core, and trains its seeds in a
-row; where fewer runs are left than there are cores, their seeds share the cores (`MMQLORA_CORES` in `mmqlora.runs`)."""
+row; where fewer runs are left than there are cores, their seeds share the cores (`MMQLORA_CORES` in `mmqlora.runs`). The longest start
+first, so that the last ones end together. All are forks of one process that has imported torch (`scripts/engine.py`)."""
 import os
+import socket
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+
+from mmqlora.config import RunConfig, load_params, run_config
+from mmqlora.core import cores
 
 
 def stale(runs:list[str]) -> list[str]:
     "Stages `finetune@run` whose inputs or results changed: of these runs, or of all."
     with Repo() as repo: return list(repo.status([f"finetune@{r}" for r in runs] or ["finetune"]))
+
+
+def weight(config:RunConfig) -> float:
+    "About how long a run takes, in seconds of a slow core."
+    slow = 1.6 if config.quantization == "int8" or "dora" in config.method else 1.
+    return 5 + len(config.seeds)*(slow*(8 + config.frames)*(.2 + config.steps/200) + 4*len(config.checks))
 
 
 def reproduce(stage:str) -> str:
@@ -26,16 +41,39 @@ def reproduce(stage:str) -> str:
     return ""
 
 
-def main() -> int:
-    waiting, begin, wrong = stale(sys.argv[1:]), time.monotonic(), []
-    if not waiting: return 0
-    cores = int(os.environ.get("MMQLORA_CORES") or len(os.sched_getaffinity(0)))
-    os.environ["MMQLORA_CORES"] = str(max(1, cores//len(waiting)))
-    with ProcessPoolExecutor(min(cores, len(waiting)), get_context("fork")) as pool:
-        for done, job in enumerate(as_completed([pool.submit(reproduce, s) for s in waiting]), 1):
+@contextmanager
+def warm():
+    "While in this context, scripts/notebook.sh asks one process, which has imported everything, for its forks."
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        os.environ["MMQLORA_WARM"] = f"{folder}/socket"
+        listener.bind(os.environ["MMQLORA_WARM"])
+        listener.listen(64)
+        engine = subprocess.Popen([sys.executable, Path(__file__).with_name("engine.py")], stdin=listener)
+        try: yield
+        finally:
+            engine.terminate()
+            engine.wait()
+
+
+def walk(weights:dict[str, float], workers:int) -> list[str]:
+    "Reproduce stages, the heaviest first, with a line after each; what went wrong."
+    begin, done, wrong = time.monotonic(), 0., []
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        jobs = {pool.submit(reproduce, s): s for s in sorted(weights, key=weights.get, reverse=True)}
+        for n, job in enumerate(as_completed(jobs), 1):
             wrong += [job.result()] if job.result() else []
-            seconds = time.monotonic() - begin
-            print(f"== {done} of {len(waiting)} runs, {seconds/60:.0f} min, about {seconds/done*(len(waiting) - done)/60:.0f} min left", flush=True)
+            done += weights[jobs[job]]/sum(weights.values())
+            minutes = (time.monotonic() - begin)/60
+            print(f"== {n} of {len(weights)} runs, {minutes:.0f} min, about {minutes*(1 - done)/done:.0f} min left ({jobs[job]})", flush=True)
+    return wrong
+
+
+def main() -> int:
+    waiting, params = stale(sys.argv[1:]), load_params()
+    if not waiting: return 0
+    have = cores()
+    os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
+    with warm(): wrong = walk({s: weight(run_config(params, s.partition("@")[2])) for s in waiting}, min(have, len(waiting)))
     for line in wrong: print(f"mmqlora: {line}", file=sys.stderr)
     return bool(wrong)
 

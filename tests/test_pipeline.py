@@ -1,17 +1,24 @@
 "dvc.yaml: every stage names exactly what its notebook reaches; and one run, small, from clips to record."
+import os
 import re
+import subprocess
+import sys
 
+import nbformat
 import pytest
 import yaml
 from conftest import ROOT, closure, code_cells, imported
 
 from mmqlora.batch import save_clips
-from mmqlora.config import load_params
+from mmqlora.config import load_params, run_config
 from mmqlora.core import read_json, repo_path
 from mmqlora.corpus import write_records
 from mmqlora.prepare import prepare
 from mmqlora.report import check_record
 from mmqlora.runs import run_experiment
+
+sys.path.insert(0, str(ROOT/"scripts"))
+import runs
 
 STAGES = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT/"params.yaml").read_text())
@@ -100,3 +107,31 @@ def test_committed_results_carry_their_provenance():
     for path in sorted((ROOT/"results").rglob("*.json")):
         record = read_json(path)
         assert {"config", "config_hash", "code_version", "versions", "hardware", "tier"} <= record.keys(), path
+
+
+def executed(folder, source, **env):
+    "(exit code, outputs of the copy) of a notebook of one cell that is run in `folder`."
+    cells = [nbformat.v4.new_code_cell("word = 'none'", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(source)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3"))), folder/"try.ipynb")
+    done = subprocess.run([ROOT/"scripts/notebook.sh", "try.ipynb", "-p", "word", "told"], cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
+    return done, nbformat.read(folder/"artifacts/executed/try-told.ipynb", 4).cells[-1].outputs
+
+
+def test_a_notebook_is_run_in_one_process_its_outputs_kept_and_its_error_told(tmp_path):
+    done, [said, value] = executed(tmp_path, "print(word)\n1 + 1")
+    assert done.returncode == 0 and done.stdout == "told\n" == said.text and value.data["text/plain"] == "2"
+    done, [error] = executed(tmp_path, "raise ValueError(word)")
+    assert done.returncode == 1 and "ValueError" in done.stderr and (error.ename, error.evalue) == ("ValueError", "told")
+
+
+def test_runs_are_forks_of_a_process_that_has_imported_torch_and_end_with_who_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMQLORA_WARM", "")
+    with runs.warm():
+        done, [value] = executed(tmp_path, "import sys; 'torch' in sys.modules, word")
+        assert done.returncode == 0 and value.data["text/plain"] == "(True, 'told')"
+        assert executed(tmp_path, "raise SystemExit(3)")[0].returncode == 1
+
+
+def test_the_heaviest_runs_start_first():
+    weights = {name: runs.weight(run_config(load_params(), name)) for name in ("zeroshot", "qlora-uniform-k2", "qlora-d400", "qlora")}
+    assert sorted(weights, key=weights.get) == list(weights)
