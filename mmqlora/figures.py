@@ -6,10 +6,10 @@
 __all__ = ['MEASURES', 'SPLITS', 'METHODS', 'REFERENCE', 'SELECTORS', 'GATES', 'RANKS', 'BASELINES', 'FEW', 'UNGATED', 'FEWEST',
            'COLUMN', 'PAGE', 'PALETTE', 'MARKERS', 'LOOK', 'SELECTOR_STYLE', 'COST_AXES', 'BIG', 'WAY_NAMES',
            'differing', 'kib', 'uniform_ranks', 'drawn', 'canvas', 'plain_ticks', 'save_figure', 'summary', 'mark',
-           'seed_dots', 'main_figure', 'selectors_figure', 'gates_figure', 'scaling_figure', 'smooth', 'curves_figure',
-           'selection_figure', 'contact_figure', 'scaling_points', 'close_ticks', 'change_text', 'law_figure',
-           'pareto_runs', 'pareto_figure', 'errors_figure', 'step_cells', 'efficiency_figure', 'planner_figure',
-           'effective_rank', 'effective_ranks', 'spectra_figure', 'gatemap_figure', 'gallery_figure']
+           'seed_dots', 'main_figure', 'selectors_figure', 'gates_figure', 'selection_figure', 'contact_figure',
+           'scaling_points', 'close_ticks', 'change_text', 'size_ticks', 'laws_figure', 'cost_axes', 'pareto_figure',
+           'errors_figure', 'step_cells', 'efficiency_figure', 'planner_figure', 'effective_rank', 'effective_ranks',
+           'spectra_figure', 'gatemap_figure', 'gallery_figure']
 
 # %% ../nbs/14_figures.ipynb #d3a75efc
 import functools
@@ -26,7 +26,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from .config import Selector
 from .core import InputError, atomic_path
 from .errors import KINDS
-from .scaling import ScalingFit, flatness, pareto_front, pareto_set, power_law
+from .scaling import ScalingFit, flatness, pareto_front
 
 # %% ../nbs/14_figures.ipynb #f05ed695
 MEASURES = dict(exact="Exact", slots="Slots", color="Color", shape="Shape", event="Event", transient="Transient", order="Order",
@@ -148,7 +148,7 @@ def _selectors(ax, records:dict, reference:str):
 @drawn
 def selectors_figure(records:dict, coverage:dict) -> Figure:
     "Every selector by measure on the test split, with many frames and with few; and its coverage, {selector: {budget: share of events}}."
-    figure, axes = canvas(COLUMN, 4.1, rows=3, height_ratios=[1.3, 1.3, 1])
+    figure, axes = canvas(COLUMN, 3.6, rows=3, height_ratios=[1.3, 1.3, 1])
     for ax, reference in zip(axes, (REFERENCE, FEW)): _selectors(ax, records, reference)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside upper center", columnspacing=1., handletextpad=.4)
     _coverage(axes[2], coverage)
@@ -172,60 +172,6 @@ def gates_figure(records:dict) -> Figure:
     axes[0].invert_yaxis()
     return figure
 
-# %% ../nbs/14_figures.ipynb #463f59c4
-def _front(ax, x, y, lower:bool):
-    front = pareto_front(x, -y if lower else y)
-    ax.step(x[front], y[front], where="post", color=".45", lw=.9, ls=":", zorder=1, label="Pareto front")
-
-def _law(ax, x, y):
-    law, fine = power_law(x, y), np.geomspace(x.min(), x.max(), 50)
-    ax.plot(fine, law["E"] + law["A"]*fine**-law["b"], color=PALETTE[3], lw=.8, label=f"power law, exponent {law['b']:.2f}")
-
-def _quality(ax, records:dict, measure:str):
-    trained = [r for r in records if kib(records[r]) > 0]
-    ranks, name = uniform_ranks(records), f"test.{measure}"
-    apart = [r for r in differing(records, RANKS) if r not in ranks] + [r for r in ("full",) if r in trained]
-    x, y = {r: kib(records[r]) for r in trained}, {r: summary(records, [r], name)[0, 0] for r in trained}
-    def both(runs): return np.array([x[r] for r in runs]), np.array([y[r] for r in runs])
-    ax.plot(*both([r for r in trained if r not in ranks + apart]), ".", color=".7", ms=3.5, zorder=1, label="other runs")
-    mark(ax, both(ranks)[0], summary(records, ranks, name), ls="-", color=PALETTE[0], label="uniform rank")
-    if len(ranks) > 4 and measure == "loss": _law(ax, *both(ranks))
-    for i, run in enumerate(apart, 1):
-        mark(ax, [x[run]], summary(records, [run], name), marker=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], label=run)
-    _front(ax, *both(trained), lower=measure == "loss")
-    ax.set(xscale="log", ylabel={"exact": "exact match"}.get(measure, measure))
-
-# %% ../nbs/14_figures.ipynb #6ae41e88
-@drawn
-def scaling_figure(records:dict) -> Figure:
-    "Exact match and loss on the test split against trainable bytes: uniform ranks, other allocations, Pareto front."
-    figure, axes = canvas(COLUMN, 3.5, rows=2, sharex=True)
-    for ax, measure in zip(axes, ("exact", "loss")): _quality(ax, records, measure)
-    axes[1].set_xlabel("trainable parameters, KiB")
-    plain_ticks(axes[1].xaxis)
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=3, loc="outside lower center", columnspacing=1., handletextpad=.4)
-    return figure
-
-# %% ../nbs/14_figures.ipynb #1e2671aa
-def smooth(values, n:int=5) -> np.ndarray:
-    "Mean of the last `n` recorded values, of fewer at the start."
-    return pd.Series(values, dtype=float).rolling(n, min_periods=1).mean().to_numpy()
-
-@drawn
-def curves_figure(records:dict) -> Figure:
-    "Training loss of the methods against steps, smoothed: mean over seeds, band from the lowest to the highest."
-    runs = [r for r in METHODS if r in records and records[r]["curve"]["step"]]
-    rows = [dict(step=t, loss=loss, seed=i, run=r) for r in runs for i, seed in enumerate(records[r]["curve"]["loss"])
-            for t, loss in zip(records[r]["curve"]["step"], smooth(seed))]
-    figure, (ax,) = canvas(COLUMN, 2.2)
-    palette = {r: PALETTE[METHODS.index(r) - 1] for r in runs}
-    sns.lineplot(pd.DataFrame(rows), x="step", y="loss", hue="run", style="run", palette=palette, errorbar=("pi", 100), err_kws=dict(lw=0), ax=ax)
-    ax.set(yscale="log", ylabel="training loss", xlim=(0, None))
-    plain_ticks(ax.yaxis)
-    ax.legend(title=None)
-    return figure
-
 # %% ../nbs/14_figures.ipynb #f908d9fb
 def _spans(ax, example:dict, frame:float):
     seconds = example["seconds"]
@@ -236,7 +182,7 @@ def _spans(ax, example:dict, frame:float):
 def selection_figure(example:dict) -> Figure:
     "Signals over time with true events (shaded) and cuts (dashed), above the frames that each selector keeps."
     seconds, chosen = np.array(example["seconds"]), example["chosen"]
-    figure, axes = canvas(PAGE, 2.7, rows=3, sharex=True, height_ratios=[1, 1, .34*len(chosen)])
+    figure, axes = canvas(PAGE, 2.4, rows=3, sharex=True, height_ratios=[1, 1, .34*len(chosen)])
     for ax, signal in zip(axes, ("motion", "entropy")):
         ax.plot(seconds, example[signal], color=SELECTOR_STYLE[signal]["color"], marker=".", ms=3); ax.set_ylabel(signal)
     for i, (selector, index) in enumerate(chosen.items()):
@@ -269,8 +215,12 @@ def close_ticks(axis):
 
 def change_text(flat:dict) -> str:
     "A verdict of `flatness` in words."
-    low, high = flat["change_ci95"]
-    return f"{flat['verdict']}: {flat['change']:+.1%} [{low:+.1%}, {high:+.1%}]"
+    return f"{flat['verdict']}, {flat['change']:+.0%}"
+
+def size_ticks(ax, sizes):
+    "Ticks at the sizes themselves, as far as they are few, else at powers of ten."
+    if len(sizes) > 6: return plain_ticks(ax.xaxis)
+    ax.set_xticks(sizes, [f"{s:g}" if s < 1e5 else f"{s/1e6:.1f}M" for s in sizes], fontsize=6); ax.minorticks_off()
 
 def _law_curve(ax, fit:ScalingFit, fixed, color, label=None):
     seen = fit.x[:, 0]
@@ -283,38 +233,54 @@ def _law_curve(ax, fit:ScalingFit, fixed, color, label=None):
 
 # %% ../nbs/14_figures.ipynb #6dfa8fbf
 @drawn
-def law_figure(fit:ScalingFit, xlabel:str, ylabel:str="loss", other:str="") -> Figure:
-    "A scaling law against its first axis, a curve for each size on a second one (`other` names it); held-out points are hollow."
-    figure, (ax,) = canvas(COLUMN, 2.1)
-    groups = np.unique(fit.x[:, 1:], axis=0)
-    for i, fixed in enumerate(groups): _law_curve(ax, fit, fixed, PALETTE[i % len(PALETTE)], f"{other} {fixed[0]:g}".strip() if len(fixed) else None)
-    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=change_text(flatness(fit)))
-    close_ticks(ax.xaxis)
-    if len(groups) > 1: figure.legend(*ax.get_legend_handles_labels(), ncols=4, loc="outside lower center")
+def laws_figure(panels:dict) -> Figure:
+    """{x label: {name: law}}: a panel per axis, a color per name; held-out points are hollow, the title gives each change. Of a law of two axes,
+    the curve where the first was varied."""
+    names = list(dict.fromkeys(name for laws in panels.values() for name in laws))
+    figure, axes = canvas(PAGE, 2.2, columns=max(1, len(panels)))
+    for ax, (xlabel, laws) in zip(axes, panels.items()):
+        for name, fit in laws.items():
+            for fixed in np.unique(fit.x[:, 1:], axis=0):
+                if len(np.unique(fit.x[(fit.x[:, 1:] == fixed).all(1), 0])) > 1: _law_curve(ax, fit, fixed, PALETTE[names.index(name)], name)
+        ax.set(xscale="log", yscale="log", xlabel=xlabel); close_ticks(ax.yaxis)
+        size_ticks(ax, np.unique(np.concatenate([fit.x[:, 0] for fit in laws.values()] or [[]])))
+        ax.set_title("\n".join(f"{name} {change_text(flatness(fit))}" for name, fit in laws.items()), fontsize=7)
+    axes[0].set_ylabel("loss")
+    if len(names) > 1: figure.legend(*axes[0].get_legend_handles_labels(), ncols=len(names), loc="outside lower center")
     return figure
 
 # %% ../nbs/14_figures.ipynb #ba6046a5
 COST_AXES = dict(trainable_bytes=("trainable, KiB", 1024), peak_rss_bytes=("peak memory, GiB", 2**30), train_seconds=("training, s", 1))
 
-def pareto_runs(records:dict, name:str="test.exact", axes=COST_AXES) -> tuple[list[str], list[str]]:
-    "(runs on the front over all cost `axes`, by falling quality; all runs that cost something on each). Losses count as low is good."
-    runs = [r for r, record in records.items() if all(record["cost"].get(a, 0) > 0 for a in axes)]
-    if not runs: raise InputError("pareto", f"no run has a cost for each of {', '.join(axes)}")
-    costs, quality = [[records[r]["cost"][a] for a in axes] for r in runs], summary(records, runs, name)[:, 0]
-    return [runs[i] for i in pareto_set(costs, -quality if name.endswith("loss") else quality)], runs
+def cost_axes(records:dict) -> dict:
+    "`COST_AXES`, with memory on the GPU where the runs know it."
+    known = all("peak_gpu_bytes" in r["cost"] for r in records.values())
+    return {"peak_gpu_bytes" if known and a == "peak_rss_bytes" else a: label for a, label in COST_AXES.items()}
+
+def _costs(ax, records:dict, name:str, axis:str, unit:float, styles:dict):
+    "Metric against one cost: all runs that have it, the Pareto front, its runs in color."
+    runs = [r for r in records if records[r]["cost"].get(axis, 0) > 0 < kib(records[r])]
+    x, y = np.array([records[r]["cost"][axis]/unit for r in runs]), summary(records, runs, name)
+    front = pareto_front(x, -y[:, 0] if name.endswith("loss") else y[:, 0])
+    ax.plot(x, y[:, 0], ".", color=".75", ms=4, zorder=1)
+    ax.step(x[front], y[front, 0], where="post", color=".45", lw=.8, ls=":", zorder=1)
+    for i in front:
+        style = styles.setdefault(runs[i], dict(color=PALETTE[len(styles) % 10], marker=MARKERS[len(styles) % 8], label=runs[i]))
+        mark(ax, [x[i]], y[[i]], **style)
 
 @drawn
-def pareto_figure(records:dict, name:str="test.exact", axes=COST_AXES) -> Figure:
-    "Metric `name` against every cost; the runs on the joint front in color, with intervals."
-    front, runs = pareto_runs(records, name, axes)
-    figure, panels = canvas(PAGE, 2.5, columns=len(axes), sharey=True)
-    for ax, (axis, (label, unit)) in zip(panels, axes.items()):
-        cost = {r: records[r]["cost"][axis]/unit for r in runs}
-        ax.plot([cost[r] for r in runs], summary(records, runs, name)[:, 0], ".", color=".75", ms=4, zorder=1)
-        for i, r in enumerate(front): mark(ax, [cost[r]], summary(records, [r], name), color=PALETTE[i % 10], marker=MARKERS[i % 8], label=r)
-        ax.set(xscale="log", xlabel=label); close_ticks(ax.xaxis)
-    panels[0].set_ylabel({"exact": "exact match"}.get(name.split(".")[-1], name.split(".")[-1]))
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="outside upper center")
+def pareto_figure(tiers:dict, name:str="test.exact") -> Figure:
+    "{tier: records}: metric `name` against every cost, a row per tier; the Pareto front of each cost, its runs in color, with intervals; a line joins uniform ranks."
+    figure, panels = canvas(PAGE, .3 + 1.45*len(tiers), rows=len(tiers), columns=len(COST_AXES), sharey="row")
+    for row, (tier, records) in zip(panels.reshape(len(tiers), -1), tiers.items()):
+        styles, ranks = {}, uniform_ranks(records)
+        row[0].plot([kib(records[r]) for r in ranks], summary(records, ranks, name)[:, 0], color=".5", lw=.8, zorder=1)
+        for ax, (axis, (label, unit)) in zip(row, cost_axes(records).items()):
+            _costs(ax, records, name, axis, unit, styles)
+            ax.set(xscale="log", xlabel=label); (plain_ticks if axis == "trainable_bytes" else close_ticks)(ax.xaxis)
+        row[0].set_ylabel(f"{tier}: {({'exact': 'exact match'}).get(name.split('.')[-1], name.split('.')[-1])}")
+        shown = [row[0].errorbar([], [], ls="", **style) for style in styles.values()]
+        row[-1].legend(shown, list(styles), loc="center left", bbox_to_anchor=(1, .5), fontsize=6, labelspacing=.2)
     return figure
 
 # %% ../nbs/14_figures.ipynb #bdb20c75
@@ -342,7 +308,7 @@ def step_cells(cells:dict, model:str|None=BIG) -> list[dict]:
 @drawn
 def efficiency_figure(cells:dict) -> Figure:
     "Peak memory and time of a step of the large model against frames, a line per way."
-    figure, axes = canvas(COLUMN, 3.2, rows=2, sharex=True)
+    figure, axes = canvas(COLUMN, 2.8, rows=2, sharex=True)
     for i, (way, label) in enumerate(WAY_NAMES.items()):
         rows = sorted((c["frames"], c["peak_bytes"]/2**30, c["step_ms"]/1000) for c in step_cells(cells) if c["way"] == way)
         for ax, column in zip(axes, (1, 2)):
@@ -357,7 +323,7 @@ def efficiency_figure(cells:dict) -> Figure:
 @drawn
 def planner_figure(predictions:list[dict]) -> Figure:
     "Predicted against measured, every step that was measured: peak above; time of ours below, the run that calibrates as a ring. A dot on the line is exact."
-    figure, axes = canvas(COLUMN, 3.6, rows=2)
+    figure, axes = canvas(COLUMN, 3.1, rows=2)
     def model(p): return p["cell"].split("/")[1]
     names = list(dict.fromkeys(model(p) for p in predictions if p.get("measured_peak")))
     timed = {p["cell"]: p["bound_ms"] for p in predictions if p.get("measured_ms") and "bound_ms" in p and "/ours" in p["cell"]}
@@ -407,7 +373,7 @@ def spectra_figure(records:dict) -> Figure:
 def gatemap_figure(gates:dict) -> Figure:
     "Signals and mean gates per modality over the frames of the clips that a record keeps; {} gives empty planes."
     clips = len(gates.get("position", [])) or 1
-    figure, axes = canvas(PAGE, 2.5, rows=2, columns=clips, sharex=True, sharey="row")
+    figure, axes = canvas(PAGE, 2.1, rows=2, columns=clips, sharex=True, sharey="row")
     for i in range(clips if gates else 0):
         at, signals = gates["position"][i], np.array(gates["signals"][i])
         for j, name in enumerate(("motion", "entropy")): axes[i].plot(at, signals[:, j], color=SELECTOR_STYLE[name]["color"], marker=SELECTOR_STYLE[name]["marker"], label=name)
