@@ -229,7 +229,7 @@ def comparisons(records:dict, plan:dict=PLANNED) -> list[dict]:
     over_all = holm({i: row["p"] for i, row in enumerate(rows)})
     return [dict(**row, pall=over_all[i]) for i, row in enumerate(rows)]
 
-# %% ../nbs/14a_report.ipynb #542e319e
+# %% ../nbs/14a_report.ipynb #6021b5a7
 EXPECTED = {
     "C1": {("qlora", "lora"): (">", -.05), ("qlora", "full"): None, ("qlora-int8", "qlora"): ("<", .05)},
     "C5": {("qlora-r16", "qlora-r2"): None, ("qlora-r16", "qlora"): ("<", .03), ("qlora-r64", "qlora-r16"): ("<", .03)},
@@ -254,7 +254,7 @@ def outcome(row:dict) -> str|None:
     surely = row["padj"] < .05 if margin == 0 else row["low"] > margin if side == ">" else row["high"] < margin
     return "as claimed" if right and surely else "against" if not right and row["padj"] < .05 else "open"
 
-# %% ../nbs/14a_report.ipynb #05e0aecb
+# %% ../nbs/14a_report.ipynb #4797f15b
 def survives(records:dict) -> list[str]:
     "C7, an outcome for each pair of `SURVIVES` that is there: the sign of the test split, beyond doubt, is that of the split ood."
     pairs = [[compare(records, a, b, "exact", s) for s in SPLITS] for a, b in SURVIVES if a in records and b in records]
@@ -343,7 +343,7 @@ LOSSES = {"rank, out of domain": "ood.loss", "rank, wrong captions": "test.exact
 def _size(e:Evidence, axis:str, record:dict):
     "What a run has of an axis."
     c = record["config"]
-    clips, rank = c["train_clips"] or e.params.profiles[e.tier if record["tier"] == e.tier else record["tier"]].clips["train"], max(c["ranks"].values())
+    clips, rank = c["train_clips"] or e.params.profiles[record["tier"]].clips["train"], max(c["ranks"].values())
     return {"frames": c["frames"], "trained KiB": kib(record), DATA_LAW: [clips, rank], "base parameters": e.sizes.get(c["base"], 0)}.get(axis, rank)
 
 def laws(e:Evidence, records:dict) -> dict[str, ScalingFit]:
@@ -356,7 +356,7 @@ def laws(e:Evidence, records:dict) -> dict[str, ScalingFit]:
 
 def percent(value) -> str: return "n/a" if value is None else rf"{number(100*value, 1)}\,\%"
 
-# %% ../nbs/14a_report.ipynb #885e9ef7
+# %% ../nbs/14a_report.ipynb #e487ad9e
 SHORT = {"rank": "rank", "frames": "frames", "trained KiB": "kib", DATA_LAW: "data", "base parameters": "size"}
 
 def law_macros(e:Evidence) -> dict:
@@ -636,7 +636,7 @@ def outcomes_table(e:Evidence) -> str:
     rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims]
     return tabular("lrrrrrr", [_groups([rf"Tier \texttt{{{t}}}" for t in found], 3), ["Claim", *("As claimed", "Against", "Open")*2]], rows)
 
-# %% ../nbs/14a_report.ipynb #605571c7
+# %% ../nbs/14a_report.ipynb #cc299c22
 def audit_table(e:Evidence) -> str:
     "The audit of the reference run."
     rows = e.records[REFERENCE]["audit"]
@@ -862,13 +862,15 @@ def markdown_table(header:list[str], rows:list) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 def results_markdown(e:Evidence) -> str:
-    "Every run on one line, for the README."
+    "Every run on one line, a table per tier, for the README."
     names = ("test.exact", "test.transient", "test.order", "test.cider", "test.t2v_r1", "ood.exact")
     def plain(text): return text if isinstance(text, str) else " ".join(text)
-    rows = [[f"`{run}`", *(plain(cell(r, n, n == "test.exact")) for n in names), count(kib(r))] for run, r in e.records.items()]
+    def row(run, r): return [f"`{run}`", *(plain(cell(r, n, n == "test.exact")) for n in names), count(kib(r))]
     header = ["run", "exact match [95 % CI]", "transient", "order", "CIDEr", "text-to-video R@1", "exact, out of domain", "trained KiB"]
-    clips = e.corpus["splits"]["test"]["clips"]
-    return f"Tier `{e.tier}`, {clips} test clips, mean over seeds. Written by `dvc repro report`.\n\n{markdown_table(header, rows)}\n"
+    def part(tier, records):
+        clips, seeds = len(records[REFERENCE]["per_clip"]["test.exact"][0]), max(len(r["config"]["seeds"]) for r in records.values())
+        return f"Tier `{tier}`, {clips} test clips, mean over up to {seeds} seeds.\n\n{markdown_table(header, [row(*each) for each in records.items()])}\n"
+    return "Written by `dvc repro report`.\n\n" + "\n".join(part(*each) for each in e.tiers.items())
 
 # %% ../nbs/14a_report.ipynb #7a5dd238
 @contextmanager
