@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'GPU_GROUPS',
-           'GPU_PLAN', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'EXPECTED', 'DATA_LAW', 'AXES', 'LOSSES', 'SHORT', 'LEAN',
-           'CALIBRATED', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results',
-           'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name',
-           'sign', 'full_name', 'compare', 'comparisons', 'expected', 'outcome', 'survives', 'outcomes',
+           'GPU_PLAN', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'EXPECTED', 'DIMINISH', 'DATA_LAW', 'AXES', 'LOSSES',
+           'SHORT', 'LEAN', 'CALIBRATED', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
+           'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text',
+           'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'expected', 'outcome', 'survives', 'outcomes',
            'metric_macros', 'cost_macros', 'diff_macros', 'claim_macros', 'ood_macros', 'about_macros', 'everywhere',
            'laws', 'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors', 'planner_delays',
            'gate_macros', 'efficiency_macros', 'names_of', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged',
@@ -229,29 +229,32 @@ def comparisons(records:dict, plan:dict=PLANNED) -> list[dict]:
     over_all = holm({i: row["p"] for i, row in enumerate(rows)})
     return [dict(**row, pall=over_all[i]) for i, row in enumerate(rows)]
 
-# %% ../nbs/14a_report.ipynb #010b5317
+# %% ../nbs/14a_report.ipynb #6021b5a7
 EXPECTED = {
-    "C1": {("qlora", "lora"): .05, ("qlora", "full"): None, ("qlora-int8", "qlora"): .05},
-    "C5": {("qlora-r16", "qlora-r2"): None, ("qlora-r16", "qlora"): .03, ("qlora-r64", "qlora-r16"): .03},
-    "C6": dict.fromkeys([("qdora", "qlora"), ("bottleneck", "qlora"), ("prefix", "qlora"), ("ia3", "qlora")], "<="),
-    "C8": {("qlora-tasks", "qlora", "exact"): "-"},
-    "C9": {("qlora", "zeroshot"): "-"},
-    "C10": {("qlora-sound", "qlora-deaf", "exact"): .05},
-    "C11": {("qlora", "qlora-fp4"): ">=", ("qlora-eva", "qlora"): .03, ("qlora-entropy-ranks", "qlora"): .03},
+    "C1": {("qlora", "lora"): (">", -.05), ("qlora", "full"): None, ("qlora-int8", "qlora"): ("<", .05)},
+    "C5": {("qlora-r16", "qlora-r2"): None, ("qlora-r16", "qlora"): ("<", .03), ("qlora-r64", "qlora-r16"): ("<", .03)},
+    "C6": dict.fromkeys([("qdora", "qlora"), ("bottleneck", "qlora"), ("prefix", "qlora"), ("ia3", "qlora")], ("<", 0.)),
+    "C8": {("qlora-tasks", "qlora", "exact"): ("<", 0.)},
+    "C9": {("qlora", "zeroshot"): ("<", 0.)},
+    "C10": {("qlora-sound", "qlora-deaf", "exact"): (">", -.05)},
+    "C11": {("qlora-eva", "qlora"): ("<", .03), ("qlora-entropy-ranks", "qlora"): ("<", .03)},
 }
+DIMINISH = ("C13", "C14")                             # their steps, the last first: the last is to be worth less than the first
 
-def expected(row:dict):
-    "What the claim of a comparison says of its difference."
+def expected(row:dict) -> tuple|None:
+    "(side, margin): where the claim of a comparison says that its difference lies."
     said, pair = EXPECTED.get(row["claim"], {}), (row["a"], row["b"])
-    return said[pair] if pair in said else said.get((*pair, row["metric"]), "+")
+    return said[pair] if pair in said else said.get((*pair, row["metric"]), (">", 0.))
 
 def outcome(row:dict) -> str|None:
     "A comparison is as claimed, against the claim or open; None where nothing was claimed."
-    said, sure, d = expected(row), row["padj"] < .05, row["difference"]
-    if said is None: return None
-    if isinstance(said, float): return "as claimed" if -said < row["low"] and row["high"] < said else "against" if sure and abs(d) > said else "open"
-    return "open" if not sure else "as claimed" if (d > 0) == (said in ("+", ">=")) else "against"
+    if not (said := expected(row)): return None
+    side, margin = said
+    right = row["difference"] > margin if side == ">" else row["difference"] < margin
+    surely = row["padj"] < .05 if margin == 0 else row["low"] > margin if side == ">" else row["high"] < margin
+    return "as claimed" if right and surely else "against" if not right and row["padj"] < .05 else "open"
 
+# %% ../nbs/14a_report.ipynb #4797f15b
 def survives(records:dict) -> list[str]:
     "C7, an outcome for each pair of `SURVIVES` that is there: the sign of the test split, beyond doubt, is that of the split ood."
     pairs = [[compare(records, a, b, "exact", s) for s in SPLITS] for a, b in SURVIVES if a in records and b in records]
@@ -259,17 +262,22 @@ def survives(records:dict) -> list[str]:
 
 def outcomes(records:dict, tested:list[dict]) -> dict[str, Counter]:
     "claim -> how many of its comparisons came out how."
-    found = {claim: Counter(o for r in tested if r["claim"] == claim and (o := outcome(r))) for claim in dict.fromkeys(r["claim"] for r in tested)}
+    families = {claim: [r for r in tested if r["claim"] == claim] for claim in dict.fromkeys(r["claim"] for r in tested)}
+    found = {claim: Counter(o for r in rows if (o := outcome(r))) for claim, rows in families.items()}
+    for claim in DIMINISH:
+        steps = [r["difference"] for r in families.get(claim, [])]
+        if len(steps) > 1: found[claim]["as claimed" if steps[0] < steps[-1] else "against"] += 1
     return found | {"C7": Counter(survives(records))}
 
 # %% ../nbs/14a_report.ipynb #3aa30a24
 def metric_macros(records:dict) -> dict:
-    "<run>.<split>.<metric>, its ends .lo and .hi, and .n."
+    "<run>.<split>.<metric>, its ends .lo and .hi, and .n; of exact match on the test split also the seeds' ends .least and .most."
     out = {}
     for run, record in records.items():
         for name, m in record["metrics"].items():
             out[f"{run}.{name}"], out[f"{run}.{name}.n"] = number(m["value"], decimals(name)), str(m["n"])
             if m["ci95"]: out |= {f"{run}.{name}.{end}": number(v, decimals(name)) for end, v in zip(("lo", "hi"), m["ci95"])}
+        out |= {f"{run}.test.exact.{end}": number(of(record["metrics"]["test.exact"]["seeds"])) for end, of in (("least", min), ("most", max))}
     return out
 
 def cost_macros(records:dict) -> dict:
@@ -335,7 +343,7 @@ LOSSES = {"rank, out of domain": "ood.loss", "rank, wrong captions": "test.exact
 def _size(e:Evidence, axis:str, record:dict):
     "What a run has of an axis."
     c = record["config"]
-    clips, rank = c["train_clips"] or e.params.profiles[e.tier if record["tier"] == e.tier else record["tier"]].clips["train"], max(c["ranks"].values())
+    clips, rank = c["train_clips"] or e.params.profiles[record["tier"]].clips["train"], max(c["ranks"].values())
     return {"frames": c["frames"], "trained KiB": kib(record), DATA_LAW: [clips, rank], "base parameters": e.sizes.get(c["base"], 0)}.get(axis, rank)
 
 def laws(e:Evidence, records:dict) -> dict[str, ScalingFit]:
@@ -348,6 +356,7 @@ def laws(e:Evidence, records:dict) -> dict[str, ScalingFit]:
 
 def percent(value) -> str: return "n/a" if value is None else rf"{number(100*value, 1)}\,\%"
 
+# %% ../nbs/14a_report.ipynb #e487ad9e
 SHORT = {"rank": "rank", "frames": "frames", "trained KiB": "kib", DATA_LAW: "data", "base parameters": "size"}
 
 def law_macros(e:Evidence) -> dict:
@@ -443,7 +452,7 @@ def _absent() -> dict:
     out = {f"diff.{a}.{b}.{m}{end}": "n/a" for a, b, m in pairs for end in ("", ".p", ".padj")}
     out |= {f"ood.{a}.{b}.exact{end}": "n/a" for a, b in SURVIVES for end in ("", ".lo", ".hi", ".p")}
     names = [*METRICS, *BEYOND, "test.exact_disordered", "test.slots_disordered"]
-    return out | {f"{run}.{m}{end}": "n/a" for run in GPU_PLAN for m in names for end in ("", ".lo", ".hi")}
+    return out | {f"{run}.{m}{end}": "n/a" for run in GPU_PLAN for m in names for end in ("", ".lo", ".hi", ".least", ".most")}
 
 def gpu_macros(e:Evidence) -> dict:
     "gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.missing: names; gpu.n, gpu.planned, gpu.compared, gpu.seeds."
@@ -627,6 +636,7 @@ def outcomes_table(e:Evidence) -> str:
     rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims]
     return tabular("lrrrrrr", [_groups([rf"Tier \texttt{{{t}}}" for t in found], 3), ["Claim", *("As claimed", "Against", "Open")*2]], rows)
 
+# %% ../nbs/14a_report.ipynb #cc299c22
 def audit_table(e:Evidence) -> str:
     "The audit of the reference run."
     rows = e.records[REFERENCE]["audit"]
@@ -852,13 +862,15 @@ def markdown_table(header:list[str], rows:list) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 def results_markdown(e:Evidence) -> str:
-    "Every run on one line, for the README."
+    "Every run on one line, a table per tier, for the README."
     names = ("test.exact", "test.transient", "test.order", "test.cider", "test.t2v_r1", "ood.exact")
     def plain(text): return text if isinstance(text, str) else " ".join(text)
-    rows = [[f"`{run}`", *(plain(cell(r, n, n == "test.exact")) for n in names), count(kib(r))] for run, r in e.records.items()]
+    def row(run, r): return [f"`{run}`", *(plain(cell(r, n, n == "test.exact")) for n in names), count(kib(r))]
     header = ["run", "exact match [95 % CI]", "transient", "order", "CIDEr", "text-to-video R@1", "exact, out of domain", "trained KiB"]
-    clips = e.corpus["splits"]["test"]["clips"]
-    return f"Tier `{e.tier}`, {clips} test clips, mean over seeds. Written by `dvc repro report`.\n\n{markdown_table(header, rows)}\n"
+    def part(tier, records):
+        clips, seeds = len(records[REFERENCE]["per_clip"]["test.exact"][0]), max(len(r["config"]["seeds"]) for r in records.values())
+        return f"Tier `{tier}`, {clips} test clips, mean over up to {seeds} seeds.\n\n{markdown_table(header, [row(*each) for each in records.items()])}\n"
+    return "Written by `dvc repro report`.\n\n" + "\n".join(part(*each) for each in e.tiers.items())
 
 # %% ../nbs/14a_report.ipynb #7a5dd238
 @contextmanager

@@ -131,16 +131,18 @@ def do_job(params:Params, job:Job, load) -> dict:
     return dict(job=asdict(job), config_hash=content_hash(config.model_dump()), **(result | dict(results=read)))
 
 # %% ../nbs/12b_tier.ipynb #cf6400d0
-def _try_job(params:Params, job:Job, load, out, about:dict):
-    "Do a job and write its file, or why it failed: one bad run must not cost the lease."
-    begin = time.time()
+def _try_job(params:Params, job:Job, load, out, about:dict) -> bool:
+    "Do a job and write its file, or why it failed: one bad run must not cost the lease. Whether memory was what it lacked."
+    begin, short = time.time(), False
     try: write_json(Path(out)/f"{job.key}.json", dict(**do_job(params, job, load), about=about))
     except Exception as err:
+        short = "out of memory" in str(err)
         write_text(Path(out)/f"{job.key}.error", traceback.format_exc())
         print(f"{job.key} FAILED: {type(err).__name__}: {err}", flush=True)
     else: print(f"{job.key}: {time.time() - begin:.0f} s", flush=True)
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache(); torch.cuda.synchronize()       # raises after a fault, which ends this process only
+    return short
 
 # %% ../nbs/12b_tier.ipynb #75ab5da0
 class Room:
@@ -164,9 +166,9 @@ class Room:
                 self.free.value += gib
                 self.changed.notify_all()
 
-    def for_job(self, params:Params, job:Job):
+    def for_job(self, params:Params, job:Job, times:float=1.):
         config, gpu = run_config(params, job.run), params.gpu
-        return self.taking(gpu.run_gib + gpu.frame_gib*config.frames + gpu.measure_gib*(config.allocation in MEASURED))
+        return self.taking(times*(gpu.run_gib + gpu.frame_gib*config.frames + gpu.measure_gib*(config.allocation in MEASURED)))
 
 # %% ../nbs/12b_tier.ipynb #c7633e83
 def _kind(params:Params, job:Job) -> tuple:
@@ -179,11 +181,13 @@ def work(params:Params, tasks, out, frames, deadline:float, about:dict, room:Roo
     disable_progress_bar()
     load, took = _loader(params, frames), {}                                               # seconds of the longest job of each kind
     while (job := tasks.get()) is not None:
-        with nullcontext() if room is None or time.time() > deadline else room.for_job(params, job):
-            begin, kind = time.time(), _kind(params, job)
-            if begin + 1.1*took.get(kind, max(took.values(), default=0.)) > deadline: continue
-            _try_job(params, job, load, out, about)
-        took[kind] = max(took.get(kind, 0.), time.time() - begin)
+        for times in (1, 2):                                                               # again, with more room, if memory was short
+            with nullcontext() if room is None or time.time() > deadline else room.for_job(params, job, times):
+                begin, kind = time.time(), _kind(params, job)
+                if begin + 1.1*took.get(kind, max(took.values(), default=0.)) > deadline: break
+                short = _try_job(params, job, load, out, about)
+            took[kind] = max(took.get(kind, 0.), time.time() - begin)
+            if not short: break
 
 # %% ../nbs/12b_tier.ipynb #0f3044ff
 def is_done(params:Params, job:Job, out, base:str) -> bool:

@@ -83,6 +83,16 @@ def test_a_job_that_fails_leaves_its_traceback_and_the_others_go_on(params, capf
     assert "999 clips a batch" in repo_path("artifacts/gpu/queue", f"{bad.key}.error").read_text()
 
 
+def test_a_job_that_ran_out_of_memory_is_tried_once_more(params, capfd, monkeypatch):
+    tries, do_job = [], tier.do_job
+    def short(*args):
+        tries.append(args[1].key)
+        if len(tries) == 1: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+        return do_job(*args)
+    monkeypatch.setattr(tier, "do_job", short)
+    assert run_queue(params, [tier.Job("zeroshot", 9)], workers=0) == [] and tries == ["zeroshot-seed9"]*2
+
+
 def test_rates_are_chosen_by_dev_loss(params):
     jobs = trials_of(params)
     assert len(jobs) == 2 and run_queue(params, jobs, workers=0) == []
