@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mmqlora.batch import ClipSet, build_tokenizer
 from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
-from mmqlora.blocks import Lin, dense, lin_forward
+from mmqlora.blocks import Group, Lin, dense, project
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError
 from mmqlora.ledger import expected_peak, in_host, peak_of
@@ -154,7 +154,7 @@ def test_weights_that_evaluation_packed_for_the_cpu_are_read_right():
     x, before = torch.randn(3, 64), dense(layer.weight).clone()
     with torch.no_grad(): layer.eval()(x)
     torch.testing.assert_close(dense(layer.weight).float(), before, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(lin_forward(x, Lin(layer.weight)), x @ before.T, rtol=5e-2, atol=.2)
+    torch.testing.assert_close(project(x, Group([Lin(layer.weight)]))[0][0], x @ before.T, rtol=5e-2, atol=.2)
 
 
 def test_a_resumed_run_with_16_bit_adapters_is_exact():
