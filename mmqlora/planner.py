@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from .benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
 from .core import InputError
-from .ledger import counted, free_memory, held, in_host
+from .ledger import counted, free_memory, held, in_host, step_bytes
 
 # %% ../nbs/12d_planner.ipynb #84b4dca3
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _optimizer_bytes(model) -> tuple[int, int]:
     "Bytes of the optimizer's state, and of what it holds during its step."
     params = [p for p in model.parameters() if p.requires_grad]
     narrow = sum(p.numel() for p in params if p.dtype != torch.float32)
-    return 8*sum(p.numel() for p in params) + 4*narrow, 4*narrow
+    return 8*sum(p.numel() for p in params) + 4*narrow, step_bytes(narrow)
 
 # %% ../nbs/12d_planner.ipynb #e8efe7f0
 def predict(model, setting:Setting=Setting()) -> Prediction:
