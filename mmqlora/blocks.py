@@ -4,7 +4,7 @@
 __all__ = ['STANDARD', 'dense', 'Lin', 'Group', 'project', 'raised', 'weigh', 'lora_grad', 'project_grad', 'fused', 'rms_norm',
            'rms_norm_grad', 'swiglu', 'swiglu_grad', 'rope', 'Spans', 'spans_of', 'attend', 'attend_grad', 'Stash',
            'Offload', 'Plan', 'Half', 'gate_columns', 'Gates', 'gates_of', 'gate_logits', 'Gradients', 'Mlp',
-           'Attention', 'HalfFunction', 'Buffers', 'Graph', 'recorded', 'NormFunction', 'Unfit', 'read_linear',
+           'Attention', 'HalfFunction', 'Buffers', 'Graph', 'Again', 'recorded', 'NormFunction', 'Unfit', 'read_linear',
            'read_norm', 'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
 
 # %% ../nbs/09b_blocks.ipynb #ecb8204b
@@ -87,7 +87,7 @@ def raised(dys, group:Group) -> torch.Tensor:
         if lin.A is not None: up[:, place].addmm_(dy, lin.B.to(dy.dtype), beta=0, alpha=lin.scale)
     return up
 
-# %% ../nbs/09b_blocks.ipynb #7ed564e8
+# %% ../nbs/09b_blocks.ipynb #fc2929bd
 def weigh(dys, dx, group:Group, gate=None) -> tuple:
     "(scale * dy B, the same times the gate); dx of the adapters is added to `dx`."
     up = raised(dys, group)
@@ -284,6 +284,7 @@ class Plan:
     graphs: dict = field(default_factory=dict)
     buffers: dict = field(default_factory=dict)           # shape -> what the graphs of that shape read and write
     pool: object = None                   # The memory they share
+    side: object = None                   # The stream on which they are recorded
 
     def begin(self):
         "A new forward pass: nothing is kept yet, and the buffers of graphs hold the positions of another one."
@@ -351,22 +352,25 @@ class Gates:
         rows = self.table[:, half.columns].index_select(0, self.index if part is None else self.index[part])
         return rows, rows.split(half.widths, 1)
 
-    def gather(self, halves):
-        "Gates of all tokens at once."
-        self.tokens = self.table.index_select(0, self.index)
-        self.slices = self.tokens.split([w for half in halves for w in half.widths], 1)
+# %% ../nbs/09b_blocks.ipynb #b8c84fa9
+def _gather(self:Gates, halves):
+    "Gates of all tokens at once."
+    self.tokens = self.table.index_select(0, self.index)
+    self.slices = self.tokens.split([w for half in halves for w in half.widths], 1)
 
-    def add(self, half, rows, part=None):
-        "Sum what the backward pass left in the gates of a half, by unit."
-        if rows is None: return
-        if self.sums is None: self.sums = torch.zeros_like(self.table)
-        self.sums[:, half.columns].addmm_(self.onehot if part is None else self.onehot[:, part], rows)
+def _add(self:Gates, half, rows, part=None):
+    "Sum what the backward pass left in the gates of a half, by unit."
+    if rows is None: return
+    if self.sums is None: self.sums = torch.zeros_like(self.table)
+    self.sums[:, half.columns].addmm_(self.onehot if part is None else self.onehot[:, part], rows)
 
-    def gradient(self):
-        "Of `logits`, when all halves have been through their backward pass."
-        sums = self.sums if self.tokens is None else self.onehot @ self.tokens
-        self.sums, self.tokens, self.slices = None, None, ()                           # another backward pass gathers anew
-        return None if sums is None else sums.to(self.logits.dtype)*(1 - torch.tanh(self.logits))
+def _gradient(self:Gates):
+    "Of `logits`, when all halves have been through their backward pass."
+    sums = self.sums if self.tokens is None else self.onehot @ self.tokens
+    self.sums, self.tokens, self.slices = None, None, ()                           # another backward pass gathers anew
+    return None if sums is None else sums.to(self.logits.dtype)*(1 - torch.tanh(self.logits))
+
+Gates.gather, Gates.add, Gates.gradient = _gather, _add, _gradient
 
 # %% ../nbs/09b_blocks.ipynb #1a957706
 _UNGATED = Gates()
@@ -501,7 +505,7 @@ class HalfFunction(torch.autograd.Function):
         plan = half.plan
         ctx.half, ctx.gates, ctx.spans, ctx.slot = half, gates, plan.spans, plan.stash.put(h)
         ctx.save_for_backward(cos, sin)
-        ctx.graph = recorded(half, h, cos, sin, gates) if plan.record and h.is_cuda else None
+        ctx.graph = recorded(half, h, cos, sin, gates) if plan.record and not h.is_meta else None
         if ctx.graph: return ctx.graph.run(h, cos, sin, gates)
         out, ctx.kept = half.run(h.detach(), cos, sin, plan.spans, gates)
         return out
@@ -513,7 +517,7 @@ class HalfFunction(torch.autograd.Function):
         else: dh, *grads = ctx.half.back(dout, h, cos, sin, ctx.spans, ctx.gates, ctx.kept)
         return dh, None, None, None, None, ctx.gates.gradient() if ctx.needs_input_grad[5] else None, *grads
 
-# %% ../nbs/09b_blocks.ipynb #12bcc6b2
+# %% ../nbs/09b_blocks.ipynb #c6305e86
 class Buffers:
     "What the graphs of one shape read and write."
     def __init__(self, h, cos, sin, gates:Gates):
@@ -564,9 +568,17 @@ class Graph:
         return self.buffers.out.clone(), *(None if s is None else next(parts).view(s) for s in self.shapes)
 
 # %% ../nbs/09b_blocks.ipynb #12dd243a
+class Again:
+    "What stands for a graph on a CPU: the work itself, with its result where it was."
+    def __init__(self, work): self.work, self.result = work, work()
+    def replay(self):
+        new = self.work()
+        if new is not None: self.result.copy_(new)
+
 def _capture(plan:Plan, work) -> tuple:
     "Record `work()`, after two runs of it on another stream: (graph, result)."
-    side = torch.cuda.Stream()
+    if not torch.cuda.is_available(): return (again := Again(work)), again.result
+    side = plan.side = plan.side or torch.cuda.Stream()                # one: the matrix library keeps a workspace for every stream it has seen
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2): work()

@@ -193,6 +193,7 @@ class imagined:
     def swap(self):
         for t, twin in zip(self.tensors, self.twins): torch.utils.swap_tensors(t, twin)
 
+# %% ../nbs/08g_ledger.ipynb #4ba19966
 WIDENED = 2**24                       # numbers of 16-bit gradients that an optimizer step widens at once
 
 def step_bytes(narrow:int) -> int:

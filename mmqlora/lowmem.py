@@ -295,7 +295,7 @@ def _stay(module:nn.Module):
 def host_embeddings(model) -> str:
     "Lever: the input embedding stays in host memory. Not if it is trained, or tied to a head that stays on the GPU."
     words, head = base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings()
-    if type(words) is not nn.Embedding or words.weight.requires_grad or in_host(words): return ""
+    if not isinstance(words, nn.Embedding) or getattr(words, "num_additional_embeddings", 0) or words.weight.requires_grad or in_host(words): return ""
     if head is not None and head.weight is words.weight and not in_host(head): return ""
     size = words.weight.numel()*words.weight.element_size()
     _stay(words)

@@ -69,20 +69,23 @@ class MasterAdamW(torch.optim.Optimizer):
                 torch._foreach_copy_(run.params, run.masters)
         return loss
 
-    def state_dict(self):
-        "Parameters of a run count their steps together; here each has a count of its own."
-        told = super().state_dict()
-        return told | {"state": {i: slot | {"step": slot["step"].clone()} for i, slot in told["state"].items()}}
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)                              # casts to the parameter's dtype: put fp32 back
-        params, self.runs = [p for group in self.param_groups for p in group["params"]], {}
-        for i, slot in state_dict["state"].items(): self.state[params[int(i)]] = {k: v.to(params[int(i)].device).clone() for k, v in slot.items()}
-
-# %% ../nbs/08h_steps.ipynb #0c985c8f
+# %% ../nbs/08h_steps.ipynb #2a3c643f
 def _adamw(group, params, grads, first, second, steps):
     adamw(params, grads, first, second, [], steps, fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
           weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+
+# %% ../nbs/08h_steps.ipynb #c12d7bed
+def _state_dict(self:MasterAdamW):
+    "Parameters of a run count their steps together; here each has a count of its own."
+    told = super(MasterAdamW, self).state_dict()
+    return told | {"state": {i: slot | {"step": slot["step"].clone()} for i, slot in told["state"].items()}}
+
+def _load_state_dict(self:MasterAdamW, state_dict):
+    super(MasterAdamW, self).load_state_dict(state_dict)                              # casts to the parameter's dtype: put fp32 back
+    params, self.runs = [p for group in self.param_groups for p in group["params"]], {}
+    for i, slot in state_dict["state"].items(): self.state[params[int(i)]] = {k: v.to(params[int(i)].device).clone() for k, v in slot.items()}
+
+MasterAdamW.state_dict, MasterAdamW.load_state_dict = _state_dict, _load_state_dict
 
 # %% ../nbs/08h_steps.ipynb #7fa0cf03
 def rows_of(batch:dict, first:int, last:int) -> dict:

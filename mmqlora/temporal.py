@@ -178,6 +178,7 @@ def _table(state, adapter:str, variant, values) -> tuple:
     with keep: table = values(units, torch.cat([m.lora_gate[adapter] for m in layers]))
     return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
 
+# %% ../nbs/08_temporal.ipynb #02519ab9
 def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
 
 def _cached(state, adapter:str, make):
@@ -195,7 +196,7 @@ def _columns(state, adapter:str) -> tuple:
     layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), gate_values)
     return dict(zip(layers, table.split(_widths(layers, adapter), 1))), pick
 
-# %% ../nbs/08_temporal.ipynb #c6c1ce5e
+# %% ../nbs/08_temporal.ipynb #48ea9d86
 class _Squash(torch.autograd.Function):
     "1 + tanh(p); takes its own gradient times itself."
     @staticmethod
@@ -218,7 +219,7 @@ def squashed_values(rows:torch.Tensor, weight:torch.Tensor) -> torch.Tensor:
     "`gate_values` for `GatedUpdate`."
     return _Squash.apply(F.linear(rows.to(weight.dtype), weight))
 
-# %% ../nbs/08_temporal.ipynb #d90f1049
+# %% ../nbs/08_temporal.ipynb #eb8bddec
 class TokenGates:
     "The gates of each token, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
     def __init__(self, state, adapter:str):
@@ -239,7 +240,7 @@ class TokenGates:
 
 def variant_of(state, adapter:str): return next(v for m in state.layers if m.space == "token" and isinstance(v := m.lora_variant.get(adapter), GateVariant))
 
-# %% ../nbs/08_temporal.ipynb #c75a4c0b
+# %% ../nbs/08_temporal.ipynb #a1fbeabd
 def _updated(result, low, B, scale:float, narrow:bool):
     update = F.linear(low, B).mul_(scale)
     return result + (update.to(result.dtype) if narrow else update)
@@ -267,7 +268,7 @@ class GatedUpdate(torch.autograd.Function):
         dA, dB = _both(x, low, dy, dlow.mul_(gate))
         return dlow @ A if ctx.needs_input_grad[0] else None, d.to(dtype), dA, dB, s, None, None, None
 
-# %% ../nbs/08_temporal.ipynb #e7c97557
+# %% ../nbs/08_temporal.ipynb #3f78be0b
 class WeighedUpdate(torch.autograd.Function):
     "result + scale x A' B'; what its gradient teaches A and B is multiplied by `gate`, and x gets its true one."
     @staticmethod
@@ -305,16 +306,6 @@ class GateVariant(LoraVariant):
         rows, shape = features(module.frame_state.layout, module.space, x, self.width)
         return None if rows is None else gate_values(rows, module.lora_gate[adapter]).view(*shape, -1)
 
-    def weights(self, module, x:torch.Tensor) -> tuple:
-        "(g, 1/g) of a 'gradient' gate, the same for all layers that see x; None where all are 1."
-        layout = module.frame_state.layout
-        key = "weights", module.space, x.shape[:-1], self.signals, self.slope
-        if key not in layout.cache:
-            rows, shape = features(layout, module.space, x, self.width)
-            gate = None if rows is None else gate_values(rows, slopes(rows, self)).view(*shape, -1)
-            layout.cache[key] = gate, None if gate is None else 1/gate
-        return layout.cache[key]
-
     def forward(self, module, active_adapter:str, x, result, gate=0, **kwargs):
         if isinstance(gate, int) and (whole := self.at_once(module, active_adapter, x, result)) is not None: return whole
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
@@ -326,7 +317,7 @@ class GateVariant(LoraVariant):
         update = update*module.scaling[active_adapter]
         return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
 
-# %% ../nbs/08_temporal.ipynb #c2154ff5
+# %% ../nbs/08_temporal.ipynb #9bc21286
 def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
     "`forward` as one operation of autograd; None where it has to be several."
     if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
@@ -340,7 +331,17 @@ def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor |
     gates = _cached(module.frame_state, adapter, TokenGates)
     return GatedUpdate.apply(x, result, *last, gates.of(module), gates, module, module.scaling[adapter])
 
-GateVariant.at_once = _at_once
+def _weights(self:GateVariant, module, x:torch.Tensor) -> tuple:
+    "(g, 1/g) of a 'gradient' gate, the same for all layers that see x; None where all are 1."
+    layout = module.frame_state.layout
+    key = "weights", module.space, x.shape[:-1], self.signals, self.slope
+    if key not in layout.cache:
+        rows, shape = features(layout, module.space, x, self.width)
+        gate = None if rows is None else gate_values(rows, slopes(rows, self)).view(*shape, -1)
+        layout.cache[key] = gate, None if gate is None else 1/gate
+    return layout.cache[key]
+
+GateVariant.at_once, GateVariant.weights = _at_once, _weights
 
 # %% ../nbs/08_temporal.ipynb #468b3e8e
 def static_gate(module, adapter:str) -> torch.Tensor | None:

@@ -258,6 +258,34 @@ def test_gated_layers_run_as_blocks_with_the_same_gradients(family, gate):
         assert not parts[0] or distance(*parts) < 1e-5
 
 
+@pytest.mark.parametrize("gate", ["none", "scalar", "rank", "gradient"])
+def test_recorded_halves_read_the_gates_of_their_own_batch(gate):
+    batch = video_inputs("qwen2_vl")
+    def run(**options):
+        model = gated("qwen2_vl", gate, tuple(LEVERS), **options) if gate != "none" else adapted("qwen2_vl", levers=tuple(LEVERS), **options)
+        def loss(seed):
+            if gate != "none": set_frame_signals(model, torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(seed)))
+            return model(**batch).loss
+        found = {}
+        def note(key):
+            found[key] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
+        for seed in (0, 1): loss(seed).backward(); note(seed)
+        for seed in (0, 1): loss(seed).backward()                                  # accumulated
+        note("both")
+        (loss(0) + loss(1)).backward(); note("at once")                            # two forward passes before a backward pass
+        return found
+    wanted, found = run(), run(graphs=True)
+    for key in wanted: assert distance(found[key], wanted[key]) < 1e-5
+    assert distance(found["both"], found["at once"]) < 1e-5
+    assert gate == "none" or distance(found[0], found[1]) > 1e-3
+
+
+def test_an_embedding_of_a_class_of_its_own_goes_to_host_memory_too():
+    report = low_memory(adapted("idefics"), embeddings="host")
+    assert report.done["embeddings"].endswith("of embeddings in host memory")
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     "A tiny base on disk, clips and captions: what a `Trainer` needs, with changes to the configuration."
