@@ -178,7 +178,7 @@ def _table(state, adapter:str, variant, values) -> tuple:
     with keep: table = values(units, torch.cat([m.lora_gate[adapter] for m in layers]))
     return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
 
-# %% ../nbs/08_temporal.ipynb #02519ab9
+# %% ../nbs/08_temporal.ipynb #116849e1
 def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
 
 def _cached(state, adapter:str, make):
@@ -196,7 +196,7 @@ def _columns(state, adapter:str) -> tuple:
     layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), gate_values)
     return dict(zip(layers, table.split(_widths(layers, adapter), 1))), pick
 
-# %% ../nbs/08_temporal.ipynb #48ea9d86
+# %% ../nbs/08_temporal.ipynb #d2abfd5b
 class _Squash(torch.autograd.Function):
     "1 + tanh(p); takes its own gradient times itself."
     @staticmethod
@@ -219,7 +219,7 @@ def squashed_values(rows:torch.Tensor, weight:torch.Tensor) -> torch.Tensor:
     "`gate_values` for `GatedUpdate`."
     return _Squash.apply(F.linear(rows.to(weight.dtype), weight))
 
-# %% ../nbs/08_temporal.ipynb #eb8bddec
+# %% ../nbs/08_temporal.ipynb #fbdad14a
 class TokenGates:
     "The gates of each token, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
     def __init__(self, state, adapter:str):
@@ -240,15 +240,12 @@ class TokenGates:
 
 def variant_of(state, adapter:str): return next(v for m in state.layers if m.space == "token" and isinstance(v := m.lora_variant.get(adapter), GateVariant))
 
-# %% ../nbs/08_temporal.ipynb #a1fbeabd
+# %% ../nbs/08_temporal.ipynb #7ea00bc4
 def _updated(result, low, B, scale:float, narrow:bool):
     update = F.linear(low, B).mul_(scale)
     return result + (update.to(result.dtype) if narrow else update)
 
-def _both(x, low, dy, dlow) -> tuple:
-    "Gradients of A and B."
-    x, low, dy, dlow = (t.flatten(0, -2) for t in (x, low, dy, dlow))
-    return (x.t() @ dlow).t(), (low.t() @ dy).t()
+def _flat(*tensors): return (t.flatten(0, -2) for t in tensors)
 
 class GatedUpdate(torch.autograd.Function):
     "result + scale (x A' * gate) B'; the gate is that of a module in `gates`."
@@ -262,13 +259,13 @@ class GatedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         (x, low), (A, B, gates, module, scale, dtype) = ctx.saved_tensors, ctx.rest
-        gate, dy = gates.of(module), d.to(low.dtype)*scale
+        gate, (flat, low, dy) = gates.of(module), _flat(x, low, d.to(low.dtype)*scale)
         dlow = dy @ B
-        s = low*dlow if gate.shape[-1] == len(A) else (low*dlow).sum(-1, keepdim=True)
-        dA, dB = _both(x, low, dy, dlow.mul_(gate))
-        return dlow @ A if ctx.needs_input_grad[0] else None, d.to(dtype), dA, dB, s, None, None, None
+        s = (low*dlow).view(*x.shape[:-1], -1)
+        dlow.view_as(s).mul_(gate)
+        return (dlow @ A).view_as(x) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, s.sum_to_size(gate.shape), None, None, None
 
-# %% ../nbs/08_temporal.ipynb #3f78be0b
+# %% ../nbs/08_temporal.ipynb #0eeeaaad
 class WeighedUpdate(torch.autograd.Function):
     "result + scale x A' B'; what its gradient teaches A and B is multiplied by `gate`, and x gets its true one."
     @staticmethod
@@ -281,9 +278,9 @@ class WeighedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         (x, low), (A, B, gate, inverse, scale, dtype) = ctx.saved_tensors, ctx.rest
-        dy = (d.to(low.dtype)*scale).mul_(gate)
+        flat, low, dy = _flat(x, low, (d.to(low.dtype)*scale).mul_(gate))
         dlow = dy @ B
-        return (dlow @ A).mul_(inverse) if ctx.needs_input_grad[0] else None, d.to(dtype), *_both(x, low, dy, dlow), None, None, None, None
+        return (dlow @ A).view_as(x).mul_(inverse) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, None, None, None, None
 
 # %% ../nbs/08_temporal.ipynb #5b52391e
 class GateVariant(LoraVariant):
@@ -317,7 +314,7 @@ class GateVariant(LoraVariant):
         update = update*module.scaling[active_adapter]
         return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
 
-# %% ../nbs/08_temporal.ipynb #9bc21286
+# %% ../nbs/08_temporal.ipynb #f288e250
 def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
     "`forward` as one operation of autograd; None where it has to be several."
     if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
