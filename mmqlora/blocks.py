@@ -4,8 +4,8 @@
 __all__ = ['STANDARD', 'dense', 'Lin', 'Group', 'project', 'raised', 'weigh', 'lora_grad', 'project_grad', 'fused', 'rms_norm',
            'rms_norm_grad', 'swiglu', 'swiglu_grad', 'rope', 'Spans', 'spans_of', 'attend', 'attend_grad', 'Stash',
            'Offload', 'Plan', 'Half', 'gate_columns', 'Gates', 'gates_of', 'gate_logits', 'Gradients', 'Mlp',
-           'Attention', 'HalfFunction', 'Buffers', 'Graph', 'Again', 'recorded', 'NormFunction', 'Unfit', 'read_linear',
-           'read_norm', 'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
+           'Attention', 'HalfFunction', 'Buffers', 'Graph', 'Again', 'Imagined', 'recorded', 'NormFunction', 'Unfit',
+           'read_linear', 'read_norm', 'read_layer', 'run_layer', 'fuse_layer', 'fuse_norm']
 
 # %% ../nbs/09b_blocks.ipynb #ecb8204b
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from .temporal import GateVariant, Layout, slopes, token_table
+from .temporal import GateVariant, Layout, slopes, stacked, token_table
 
 # %% ../nbs/09b_blocks.ipynb #379a2191
 def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
@@ -87,7 +87,7 @@ def raised(dys, group:Group) -> torch.Tensor:
         if lin.A is not None: up[:, place].addmm_(dy, lin.B.to(dy.dtype), beta=0, alpha=lin.scale)
     return up
 
-# %% ../nbs/09b_blocks.ipynb #fc2929bd
+# %% ../nbs/09b_blocks.ipynb #3caca5b1
 def weigh(dys, dx, group:Group, gate=None) -> tuple:
     "(scale * dy B, the same times the gate); dx of the adapters is added to `dx`."
     up = raised(dys, group)
@@ -352,7 +352,7 @@ class Gates:
         rows = self.table[:, half.columns].index_select(0, self.index if part is None else self.index[part])
         return rows, rows.split(half.widths, 1)
 
-# %% ../nbs/09b_blocks.ipynb #b8c84fa9
+# %% ../nbs/09b_blocks.ipynb #527ba93d
 def _gather(self:Gates, halves):
     "Gates of all tokens at once."
     self.tokens = self.table.index_select(0, self.index)
@@ -397,7 +397,7 @@ def gate_logits(plan:Plan, units) -> torch.Tensor:
         first = 0
         for i, half in enumerate(plan.gated): half.number, first = 2*i, half.place(first)
     weights, rows = plan.columns
-    logits = F.linear(units.float(), torch.cat(weights).float())
+    logits = F.linear(units.float(), stacked(weights).float())
     if rows == list(range(logits.shape[1])): return logits
     if plan.which is None or plan.which.device != units.device: plan.which = torch.tensor(rows, device=units.device) % (logits.shape[1] + 1)
     return F.pad(logits, (0, 1)).index_select(1, plan.which)            # the last column: adapters without a gate, and p = 0
@@ -505,7 +505,7 @@ class HalfFunction(torch.autograd.Function):
         plan = half.plan
         ctx.half, ctx.gates, ctx.spans, ctx.slot = half, gates, plan.spans, plan.stash.put(h)
         ctx.save_for_backward(cos, sin)
-        ctx.graph = recorded(half, h, cos, sin, gates) if plan.record and not h.is_meta else None
+        ctx.graph = recorded(half, h, cos, sin, gates) if plan.record else None
         if ctx.graph: return ctx.graph.run(h, cos, sin, gates)
         out, ctx.kept = half.run(h.detach(), cos, sin, plan.spans, gates)
         return out
@@ -517,7 +517,7 @@ class HalfFunction(torch.autograd.Function):
         else: dh, *grads = ctx.half.back(dout, h, cos, sin, ctx.spans, ctx.gates, ctx.kept)
         return dh, None, None, None, None, ctx.gates.gradient() if ctx.needs_input_grad[5] else None, *grads
 
-# %% ../nbs/09b_blocks.ipynb #c6305e86
+# %% ../nbs/09b_blocks.ipynb #421f1fa7
 class Buffers:
     "What the graphs of one shape read and write."
     def __init__(self, h, cos, sin, gates:Gates):
@@ -592,10 +592,25 @@ def _capture(plan:Plan, work) -> tuple:
     torch.cuda.current_stream().wait_stream(side)
     return graph, result
 
+# %% ../nbs/09b_blocks.ipynb #0545aee1
+class Imagined:
+    "What stands for a graph where nothing runs: the planner's ledger sees the work, which the host does not launch."
+    def __init__(self, half, spans):
+        self.half, self.spans = half, spans
+        self.ledgers = [m for m in _get_current_dispatch_mode_stack() if hasattr(m, "recording")]
+    def run(self, h, cos, sin, gates): return self._aside(lambda: self.half.run(h.detach(), cos, sin, self.spans, gates)[0])
+    def back(self, dout, h, cos, sin, gates): return self._aside(lambda: self.half.back(dout, h, cos, sin, self.spans, gates, None))
+    def _aside(self, work):
+        for ledger in self.ledgers: ledger.recording = True
+        try: return work()
+        finally:
+            for ledger in self.ledgers: ledger.recording = False
+
 def recorded(half:Half, h, cos, sin, gates:Gates) -> Graph | None:
     "The graph of half a layer for inputs like these; None for a batch with a mask."
     spans = half.plan.spans
     if spans.mask is not None: return None
+    if h.is_meta: return Imagined(half, spans)
     key = half, tuple(h.shape), spans.lengths, 0 if gates.index is None else len(gates.table)
     if key not in half.plan.graphs: half.plan.graphs[key] = Graph(half, h, cos, sin, gates)
     return half.plan.graphs[key]

@@ -49,11 +49,12 @@ def _scratch(func, args) -> int:
 
 # %% ../nbs/08g_ledger.ipynb #0840effb
 class Ledger(TorchDispatchMode):
-    "Live bytes and their peak, bytes moved and operations launched, of everything that runs inside."
+    "Live bytes and their peak, bytes moved, kernels launched and operations called (views too), of everything that runs inside."
     def __init__(self, imagined:bool=False):
         super().__init__()
         self.imagined, self.live, self.elsewhere = imagined, {}, set()
-        self.now = self.peak = self.flops = self.moved = self.launches = 0
+        self.now = self.peak = self.flops = self.moved = self.launches = self.calls = 0
+        self.recording = False                                         # a CUDA graph: kernels that the host launches together
         self.when = ""                                                 # the operation at the peak
 
     def see(self, tensor):
@@ -74,6 +75,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
         for t in given: self.see(t)
+        self.calls += not self.recording
         out = _imagine(func, args, kwargs, given) if self.imagined else func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if torch.is_tensor(t)]
         for t in made: self.see(t)
@@ -83,7 +85,7 @@ class Ledger(TorchDispatchMode):
 # %% ../nbs/08g_ledger.ipynb #12f986d6
 def _count(self:Ledger, func, args, kwargs, out, tensors):
     "One operation: its launch, the bytes it reads and writes, what it computes and holds."
-    self.launches += 1
+    self.launches += not self.recording
     self.moved += sum(t.numel()*t.element_size() for t in tensors if t.is_meta == self.imagined)
     formula = flop_registry.get(func.overloadpacket)
     if formula: self.flops += formula(*args, **kwargs, out_val=out)
@@ -193,7 +195,7 @@ class imagined:
     def swap(self):
         for t, twin in zip(self.tensors, self.twins): torch.utils.swap_tensors(t, twin)
 
-# %% ../nbs/08g_ledger.ipynb #4ba19966
+# %% ../nbs/08g_ledger.ipynb #e5216eb9
 WIDENED = 2**24                       # numbers of 16-bit gradients that an optimizer step widens at once
 
 def step_bytes(narrow:int) -> int:

@@ -53,7 +53,8 @@ class Prediction:
     peak: int                        # Of the whole step
     flops: int
     moved: int                       # Bytes read and written by operations
-    launches: int
+    launches: int                    # Kernels
+    calls: int                       # Operations that the host dispatches, views too
     @property
     def activations(self) -> int: return self.peak - self.resident - self.optimizer
 
@@ -80,7 +81,7 @@ def predict(model, setting:Setting=Setting()) -> Prediction:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         imagined = _imagined(config, setting)
-        options = dict(head=setting.head, offload=setting.offload, keep_attention=setting.keep_attention) if setting.way == "ours" else {}
+        options = dict(head=setting.head, offload=setting.offload, keep_attention=setting.keep_attention) if setting.way in ("ours", "ours_graphs") else {}
         loss, _ = set_up(imagined, setting.way, **options)
         batch = make_batch(imagined, setting.frames, "meta", side=setting.side)
         if setting.gate != "none": set_frame_signals(imagined, torch.zeros(1, setting.frames, 2, device="meta"))
@@ -94,7 +95,7 @@ def predict(model, setting:Setting=Setting()) -> Prediction:
             peak = max(c.peak, c.now + update)
         del moments, inputs
         if setting.way == "ours_graphs": peak += graph_bytes(imagined, batch["input_ids"].numel())
-    return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.flops, c.moved, c.launches)
+    return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.flops, c.moved, c.launches, c.calls)
 
 def _imagined(config, setting:Setting):
     if setting.gate == "none": return build_model(config, "meta", rank=setting.rank, quantization=setting.quantization)
@@ -111,10 +112,10 @@ class Calibration:
     "Speed of a card: datasheet-like ceilings, and the factor between bound and truth."
     flops: float = 790e12            # Per second, measured with a large bf16 product on an H100 or H200
     bytes: float = 3.0e12            # Per second, measured with a large copy on an H100
-    launch: float = 39e-6            # Seconds the host needs per operation, Python and autograd included
-    factor: float = 1.45
+    call: float = 25e-6              # Seconds the host needs per operation, Python and autograd included
+    factor: float = 1.2
 
-    def bound(self, p) -> float: return max(p.flops/self.flops + p.moved/self.bytes, p.launches*self.launch)
+    def bound(self, p) -> float: return max(p.flops/self.flops + p.moved/self.bytes, p.calls*self.call)
     def seconds(self, p:Prediction) -> float: return self.factor*self.bound(p)
 
 def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Calibration:
@@ -129,14 +130,14 @@ def compare(cells:dict, known=()) -> list[dict]:
         if cell["kind"] not in ("step", "count", "gated") or "error" in cell or cell.get("cached"): continue
         if name not in out:
             p = predict(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"], gate=cell.get("gate", "none")))
-            out[name] = dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, transformers=transformers.__version__)
+            out[name] = dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, calls=p.calls, transformers=transformers.__version__)
         out[name] |= dict(bound_ms=round(1000*seconds_of(out[name], Calibration(factor=1.)), 2))
         out[name] |= dict(measured_peak=cell.get("peak_bytes"), measured_ms=cell.get("step_ms"), measured_flops=cell.get("flops"))
     return list(out.values())
 
 def seconds_of(row:dict, card:Calibration) -> float:
     "What a card makes of a row of `compare`."
-    return card.factor*max(row["flops"]/card.flops + row["moved"]/card.bytes, row["launches"]*card.launch)
+    return card.factor*max(row["flops"]/card.flops + row["moved"]/card.bytes, row["calls"]*card.call)
 
 # %% ../nbs/12d_planner.ipynb #66a0595a
 CANDIDATES = (dict(quantization="none", keep_attention=True), dict(quantization="none"), dict(keep_attention=True), dict(),

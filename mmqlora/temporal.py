@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
-           'token_table', 'features', 'gate_values', 'slopes', 'from_table', 'squashed_values', 'TokenGates',
+           'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'from_table', 'squashed_values', 'TokenGates',
            'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated',
            'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers',
            'wire_gates', 'set_frame_signals', 'standardized']
@@ -175,11 +175,22 @@ def _table(state, adapter:str, variant, values) -> tuple:
     units, index = token_table(state.layout, variant.width)
     layers = [m for m in state.layers if m.space == "token" and adapter in m.lora_gate and isinstance(m.lora_variant.get(adapter), GateVariant)]
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)             # checkpointing of the layer that asks first has no part in it
-    with keep: table = values(units, torch.cat([m.lora_gate[adapter] for m in layers]))
+    with keep: table = values(units, stacked([m.lora_gate[adapter] for m in layers]))
     return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
 
-# %% ../nbs/08_temporal.ipynb #116849e1
+# %% ../nbs/08_temporal.ipynb #10fa0012
 def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
+
+class _Stack(torch.autograd.Function):
+    "`torch.cat` of many small matrices, whose gradient is cut in one operation."
+    @staticmethod
+    def forward(ctx, *rows):
+        ctx.sizes = [len(r) for r in rows]
+        return torch.cat(rows)
+    @staticmethod
+    def backward(ctx, d): return d.split(ctx.sizes)
+
+def stacked(rows) -> torch.Tensor: return _Stack.apply(*rows)
 
 def _cached(state, adapter:str, make):
     key = make, adapter, torch.is_grad_enabled(), torch.is_autocast_enabled()
@@ -196,7 +207,7 @@ def _columns(state, adapter:str) -> tuple:
     layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), gate_values)
     return dict(zip(layers, table.split(_widths(layers, adapter), 1))), pick
 
-# %% ../nbs/08_temporal.ipynb #d2abfd5b
+# %% ../nbs/08_temporal.ipynb #f591f635
 class _Squash(torch.autograd.Function):
     "1 + tanh(p); takes its own gradient times itself."
     @staticmethod
@@ -219,7 +230,7 @@ def squashed_values(rows:torch.Tensor, weight:torch.Tensor) -> torch.Tensor:
     "`gate_values` for `GatedUpdate`."
     return _Squash.apply(F.linear(rows.to(weight.dtype), weight))
 
-# %% ../nbs/08_temporal.ipynb #fbdad14a
+# %% ../nbs/08_temporal.ipynb #1d2455ac
 class TokenGates:
     "The gates of each token, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
     def __init__(self, state, adapter:str):
@@ -240,7 +251,7 @@ class TokenGates:
 
 def variant_of(state, adapter:str): return next(v for m in state.layers if m.space == "token" and isinstance(v := m.lora_variant.get(adapter), GateVariant))
 
-# %% ../nbs/08_temporal.ipynb #7ea00bc4
+# %% ../nbs/08_temporal.ipynb #7474949b
 def _updated(result, low, B, scale:float, narrow:bool):
     update = F.linear(low, B).mul_(scale)
     return result + (update.to(result.dtype) if narrow else update)
@@ -265,7 +276,7 @@ class GatedUpdate(torch.autograd.Function):
         dlow.view_as(s).mul_(gate)
         return (dlow @ A).view_as(x) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, s.sum_to_size(gate.shape), None, None, None
 
-# %% ../nbs/08_temporal.ipynb #0eeeaaad
+# %% ../nbs/08_temporal.ipynb #32bf5ae2
 class WeighedUpdate(torch.autograd.Function):
     "result + scale x A' B'; what its gradient teaches A and B is multiplied by `gate`, and x gets its true one."
     @staticmethod
@@ -314,7 +325,7 @@ class GateVariant(LoraVariant):
         update = update*module.scaling[active_adapter]
         return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
 
-# %% ../nbs/08_temporal.ipynb #f288e250
+# %% ../nbs/08_temporal.ipynb #cf283c6e
 def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
     "`forward` as one operation of autograd; None where it has to be several."
     if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
