@@ -87,7 +87,7 @@ def raised(dys, group:Group) -> torch.Tensor:
         if lin.A is not None: up[:, place].addmm_(dy, lin.B.to(dy.dtype), beta=0, alpha=lin.scale)
     return up
 
-# %% ../nbs/09b_blocks.ipynb #3caca5b1
+# %% ../nbs/09b_blocks.ipynb #bfd23539
 def weigh(dys, dx, group:Group, gate=None) -> tuple:
     "(scale * dy B, the same times the gate); dx of the adapters is added to `dx`."
     up = raised(dys, group)
@@ -338,25 +338,24 @@ class Gates:
     onehot: torch.Tensor | None = None    # (units + 1, N): the same as a matrix
     logits: torch.Tensor | None = None    # (units + 1, W): p of all gates 1 + tanh(p)
     table: torch.Tensor | None = None     # (units + 1, W): these gates, in the dtype of the activations
-    tokens: torch.Tensor | None = None    # (N, W): their rows, if they are few; the backward pass leaves products there
-    slices: tuple = ()                    # Of these, for each group of linears
+    widths: list | None = None            # Of each group of linears, if all rows are gathered at once
+    tokens: torch.Tensor | None = None    # (N, W): these rows; the backward pass leaves products there
+    slices: tuple = ()                    # Of them, for each group of linears
     sums: torch.Tensor | None = None      # (units + 1, W) of these products
 
     def of(self, half, part=None) -> tuple:
         "(gates of a half for the tokens of a part, those of each group of linears: (N, width or 1), or None)."
         if self.index is None or half.variant is None: return None, (None, None)
         if not half.learned: return None, (rows := self.table.index_select(0, self.index if part is None else self.index[part]), rows)
-        if self.tokens is not None:
+        if self.widths:
+            if self.tokens is None: self.hold(self.table.index_select(0, self.index))
             both = self.slices[half.number:half.number + 2]
             return None, both if part is None else [g[part] for g in both]
         rows = self.table[:, half.columns].index_select(0, self.index if part is None else self.index[part])
         return rows, rows.split(half.widths, 1)
 
-# %% ../nbs/09b_blocks.ipynb #527ba93d
-def _gather(self:Gates, halves):
-    "Gates of all tokens at once."
-    self.tokens = self.table.index_select(0, self.index)
-    self.slices = self.tokens.split([w for half in halves for w in half.widths], 1)
+# %% ../nbs/09b_blocks.ipynb #ad3fc886
+def _hold(self:Gates, tokens): self.tokens, self.slices = tokens, tokens.split(self.widths, 1)
 
 def _add(self:Gates, half, rows, part=None):
     "Sum what the backward pass left in the gates of a half, by unit."
@@ -370,7 +369,7 @@ def _gradient(self:Gates):
     self.sums, self.tokens, self.slices = None, None, ()                           # another backward pass gathers anew
     return None if sums is None else sums.to(self.logits.dtype)*(1 - torch.tanh(self.logits))
 
-Gates.gather, Gates.add, Gates.gradient = _gather, _add, _gradient
+Gates.hold, Gates.add, Gates.gradient = _hold, _add, _gradient
 
 # %% ../nbs/09b_blocks.ipynb #1a957706
 _UNGATED = Gates()
@@ -385,8 +384,8 @@ def gates_of(plan:Plan, dtype) -> Gates:
     logits = gate_logits(plan, units)
     onehot = (index == torch.arange(len(units), device=index.device)[:, None]).to(dtype)
     plan.gates = Gates(layout, index, onehot, logits, (1 + torch.tanh(logits.detach())).to(dtype))
-    if plan.gated[0].learned and not plan.record and index.numel()*logits.shape[1]*onehot.element_size() < plan.rows//4:
-        plan.gates.gather(plan.gated)
+    few = index.numel()*logits.shape[1]*onehot.element_size() < plan.rows//4
+    if plan.gated[0].learned and few: plan.gates.widths = [w for half in plan.gated for w in half.widths]
     return plan.gates
 
 def gate_logits(plan:Plan, units) -> torch.Tensor:
@@ -517,26 +516,34 @@ class HalfFunction(torch.autograd.Function):
         else: dh, *grads = ctx.half.back(dout, h, cos, sin, ctx.spans, ctx.gates, ctx.kept)
         return dh, None, None, None, None, ctx.gates.gradient() if ctx.needs_input_grad[5] else None, *grads
 
-# %% ../nbs/09b_blocks.ipynb #421f1fa7
+# %% ../nbs/09b_blocks.ipynb #e668c164
 class Buffers:
     "What the graphs of one shape read and write."
     def __init__(self, h, cos, sin, gates:Gates):
         self.out, self.dout, self.h = (torch.empty_like(h) for _ in range(3))
         self.cos, self.sin, self.angles, self.owner = torch.empty_like(cos), torch.empty_like(sin), None, None
-        self.gates = _UNGATED if gates.index is None else Gates(None, *(torch.empty_like(t) for t in (gates.index, gates.onehot)), None, torch.empty_like(gates.table))
-        if gates.index is not None: self.gates.sums = torch.zeros_like(gates.table)
+        self.gates = _UNGATED if gates.index is None else Gates(None, torch.empty_like(gates.index), torch.empty_like(gates.onehot), None, torch.empty_like(gates.table), gates.widths)
+        if gates.widths: self.gates.hold(h.new_empty(len(h), gates.table.shape[1]))
+        elif gates.index is not None: self.gates.sums = torch.zeros_like(gates.table)
 
     def load(self, h, cos, sin, gates:Gates):
         if self.h.data_ptr() != h.data_ptr(): self.h.copy_(h)
         if self.angles != cos.data_ptr(): self.cos.copy_(cos); self.sin.copy_(sin); self.angles = cos.data_ptr()
-        if self.owner is not gates and gates.index is not None: self.own(gates)
+        if gates.index is not None and (self.owner is not gates or gates.tokens is gates.sums is None): self.own(gates)
 
     def own(self, gates:Gates):
-        "The gates of another forward pass; one that is not through with its backward pass takes its sums along."
-        if self.owner is not None and self.owner.sums is not None: self.owner.sums = self.owner.sums.clone()
-        for name in ("index", "onehot", "table"): getattr(self.gates, name).copy_(getattr(gates, name))
-        self.gates.sums.copy_(gates.sums) if gates.sums is not None else self.gates.sums.zero_()
-        self.owner, gates.sums = gates, self.gates.sums
+        "The gates of another forward pass; one that is not through with its backward pass takes what it has left here along."
+        fixed, owner = self.gates, self.owner
+        if owner is not None and owner.tokens is not None: owner.hold(owner.tokens.clone())
+        if owner is not None and owner.sums is not None: owner.sums = owner.sums.clone()
+        if gates.widths:
+            fixed.tokens.copy_(gates.tokens) if gates.tokens is not None else torch.index_select(gates.table, 0, gates.index, out=fixed.tokens)
+            gates.hold(fixed.tokens)
+        else:
+            for name in ("index", "onehot", "table"): getattr(fixed, name).copy_(getattr(gates, name))
+            fixed.sums.copy_(gates.sums) if gates.sums is not None else fixed.sums.zero_()
+            gates.sums = fixed.sums
+        self.owner = gates
 
 # %% ../nbs/09b_blocks.ipynb #b70fc022
 class Graph:
@@ -556,7 +563,7 @@ class Graph:
         b.load(h, cos, sin, gates); b.dout.copy_(h)
         self.forward, _ = _capture(plan, forward)
         self.backward, self.grads = _capture(plan, backward)
-        if b.gates.sums is not None: b.gates.sums.zero_()                # of the runs before the recording
+        b.owner = gates.tokens = gates.sums = None                       # the runs before the recording have written where the gates were
 
     def run(self, h, cos, sin, gates):
         self.buffers.load(h, cos, sin, gates); self.forward.replay()
@@ -592,7 +599,7 @@ def _capture(plan:Plan, work) -> tuple:
     torch.cuda.current_stream().wait_stream(side)
     return graph, result
 
-# %% ../nbs/09b_blocks.ipynb #0545aee1
+# %% ../nbs/09b_blocks.ipynb #e9141c07
 class Imagined:
     "What stands for a graph where nothing runs: the planner's ledger sees the work, which the host does not launch."
     def __init__(self, half, spans):

@@ -54,7 +54,7 @@ def method_cell(cell:dict, device:str, small:bool) -> dict:
     clean(device)
     return measure(stepper(seen(model, loss, cell.get("gate", "none")), optimizer, batch), device, steps=3) | size
 
-# %% ../nbs/12ca_overhead.ipynb #90451a53
+# %% ../nbs/12ca_overhead.ipynb #2b5b3f10
 def gated_cell(cell:dict, device:str, small:bool) -> dict:
     "Peak and time of a way to step with gates: as `step_cell` without."
     model = method_model(cell["model"], "qlora", device, small, cell["rank"], cell["gate"])
@@ -72,7 +72,7 @@ def gated_gradient_cell(cell:dict, device:str, small:bool) -> dict:
         return make_batch(model, frames, device, dtype, side)
     return compare_gradients(lambda: method_model(cell["model"], "qlora", device, small, gate=cell["gate"], dtype=torch.bfloat16), batch, cell["ways"], device)
 
-# %% ../nbs/12ca_overhead.ipynb #dcbe8f36
+# %% ../nbs/12ca_overhead.ipynb #581a07e8
 def liger_cell(cell:dict, device:str, small:bool) -> dict:
     "Peak and time of stock with Liger's kernels. Raises `InputError` where liger-kernel is missing or not for this device."
     try: from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl as apply
@@ -209,18 +209,18 @@ def overhead_cells() -> list[dict]:
             *(step(SMALL_ONE, "ours", f, rank=r) for f, r in ((16, 8), (48, 64), (96, 16))), step(SMALL_ONE, "ours_small", 96, rank=32),
             step("video-llama3-7b", "ours", 16), step("video-llama3-7b", "ours_small", 64), step(BIG, "ours", 64), step(BIG, "ours_small", 256)]
 
-# %% ../nbs/12ca_overhead.ipynb #5d1608db
-def gate_cells(rounds:int=16) -> list[dict]:
+# %% ../nbs/12ca_overhead.ipynb #7c161f96
+def gate_cells() -> list[dict]:
     "All cells, most important first."
-    gates = lambda way, n, *kinds: dict(kind="gates", model=SMALL_ONE, way=way, frames=32, gates=["none", *kinds], rounds=n)
+    gates = lambda way, rounds, *kinds: dict(kind="gates", model=SMALL_ONE, way=way, frames=32, gates=["none", *kinds], rounds=rounds)
     step = lambda model, way, frames, **more: dict(kind="step", model=model, way=way, frames=frames, **more)
     gated = lambda way, frames, rank, gate="rank": dict(kind="gated", model=SMALL_ONE, way=way, frames=frames, rank=rank, gate=gate)
-    return [dict(kind="gated_gradient", model=SMALL_ONE, frames=4, gate="rank", ways=["ours", "ours_graphs"]), gates("ours_graphs", rounds, "rank", "scalar"),
-            gates("ours", rounds, "rank", "scalar", "time", "gradient"), gates("stock_labels", rounds//2, "rank", "gradient"), step("idefics-9b", "ours", 16),
+    return [gates("ours_graphs", 14, "rank", "scalar", "time", "gradient"), gates("stock_labels", 14, "rank"), gates("ours", 20, "rank"),
+            dict(kind="gated_gradient", model=SMALL_ONE, frames=4, gate="rank", ways=["ours", "ours_graphs"]), step("idefics-9b", "ours", 16),
             step("idefics-9b", "stock_labels", 16), dict(kind="liger", model=SMALL_ONE, frames=32), *(step(SMALL_ONE, w, 32) for w in ("blocks", "stock_labels", "ours", "ours_graphs")),
             step(BIG, "ours_graphs", 32), gated("ours", 48, 8), gated("ours_graphs", 24, 32), step("idefics-9b", "ours", 8, rank=32), step(BIG, "ours", 48, rank=8),
             step("video-llama3-7b", "ours", 16, rank=4), step(SMALL_ONE, "ours_graphs", 64, rank=8), gated("stock_labels", 16, 16), step(BIG, "ours_graphs", 16, rank=32),
-            step("idefics-9b", "stock_labels", 8, rank=8), step(BIG, "ours_small", 256)]
+            step("idefics-9b", "stock_labels", 8, rank=8), gates("stock_labels", 7, "rank", "gradient"), gates("ours", 14, "rank", "scalar", "time", "gradient"), step(BIG, "ours_small", 256)]
 
 # %% ../nbs/12ca_overhead.ipynb #23e10a03
 def lease(out, limit_s:float=205., commit:str="", todo=None) -> dict:

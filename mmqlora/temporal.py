@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
-           'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'from_table', 'squashed_values', 'TokenGates',
-           'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated',
-           'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers',
-           'wire_gates', 'set_frame_signals', 'standardized']
+           'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'from_table', 'TokenGates', 'variant_of',
+           'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'GatedLinear',
+           'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers', 'wire_gates',
+           'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
-import re
+import math, re
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -62,10 +62,15 @@ class Layout:
     tower: dict = field(default_factory=dict)         # How a packed tower sees the clips (`tower_inputs`)
     ids: torch.Tensor | None = None                   # (B, L) of a forward with visual tokens; None: it has none
     pixels: tuple | None = None                       # Shape of the pixels
+    device: object = None                             # Of the layers; signals wait where they came from
     cache: dict = field(default_factory=dict)
 
     def visual(self, times:int):
         "The visual tokens in order, each clip `times` times."
+        if ("visual", times) not in self.cache: self.cache["visual", times] = self._visual(times)
+        return self.cache["visual", times]
+
+    def _visual(self, times:int):
         tower, clips = self.tower, len(self.frames)
         if self.family.packs:
             if len(tower["grids"]) != clips*times: _times(len(tower["grids"]), clips, "clips")
@@ -77,7 +82,8 @@ class Layout:
         if times not in self.cache:
             signal = self.signal if times == 1 else torch.cat([s for s in self.signal.split(self.frames) for _ in range(times)])
             frames = [n for n in self.frames for _ in range(times)]
-            self.cache[times] = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config))
+            rows = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config))
+            self.cache[times] = rows.to(self.device or rows.device)
         return self.cache[times]
 
 # %% ../nbs/08_temporal.ipynb #66d77564
@@ -175,10 +181,10 @@ def _table(state, adapter:str, variant, values) -> tuple:
     units, index = token_table(state.layout, variant.width)
     layers = [m for m in state.layers if m.space == "token" and adapter in m.lora_gate and isinstance(m.lora_variant.get(adapter), GateVariant)]
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)             # checkpointing of the layer that asks first has no part in it
-    with keep: table = values(units, stacked([m.lora_gate[adapter] for m in layers]))
+    with keep: table = values(units, stacked([m.lora_gate[adapter] for m in layers]), layers)
     return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
 
-# %% ../nbs/08_temporal.ipynb #10fa0012
+# %% ../nbs/08_temporal.ipynb #e8bee12f
 def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
 
 class _Stack(torch.autograd.Function):
@@ -204,18 +210,18 @@ def from_table(module, adapter:str, x:torch.Tensor, variant) -> torch.Tensor | N
     return (pick @ columns[module]).view(*x.shape[:-1], -1)             # a product: its gradient sums in a fixed order
 
 def _columns(state, adapter:str) -> tuple:
-    layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), gate_values)
+    layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), lambda rows, weight, _: gate_values(rows, weight))
     return dict(zip(layers, table.split(_widths(layers, adapter), 1))), pick
 
-# %% ../nbs/08_temporal.ipynb #f591f635
+# %% ../nbs/08_temporal.ipynb #9447d8f5
 class _Squash(torch.autograd.Function):
-    "1 + tanh(p); takes its own gradient times itself."
+    "(1 + tanh(p)) times `scale`; takes the gradient that a gate times itself gets."
     @staticmethod
-    def forward(ctx, p):
+    def forward(ctx, p, scale):
         ctx.save_for_backward(g := 1 + torch.tanh(p))
-        return g
+        return g if scale is None else g*scale
     @staticmethod
-    def backward(ctx, s): return s*(2 - ctx.saved_tensors[0])
+    def backward(ctx, s): return s*(2 - ctx.saved_tensors[0]), None
 
 class _Gather(torch.autograd.Function):
     "Rows of a table by index; `pick` is the index as a matrix, so that the gradient sums in a fixed order."
@@ -226,15 +232,19 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d): return ctx.pick.t() @ d, None, None
 
-def squashed_values(rows:torch.Tensor, weight:torch.Tensor) -> torch.Tensor:
-    "`gate_values` for `GatedUpdate`."
-    return _Squash.apply(F.linear(rows.to(weight.dtype), weight))
+def _folded(scale:float) -> float:
+    "alpha / r, if a product with it may be taken anywhere: a power of two costs no bit. Else 1."
+    return scale if math.frexp(scale)[0] == .5 else 1.
 
-# %% ../nbs/08_temporal.ipynb #1d2455ac
+# %% ../nbs/08_temporal.ipynb #8155b68d
 class TokenGates:
-    "The gates of each token, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
+    "The gates of each token times alpha / r, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
     def __init__(self, state, adapter:str):
-        layers, table, self.pick, self.index = _table(state, adapter, variant_of(state, adapter), squashed_values)
+        def values(rows, weight, layers):
+            scales = [_folded(m.scaling[adapter]) for m, n in zip(layers, _widths(layers, adapter)) for _ in range(n)]
+            same = len(set(scales)) == 1
+            return _Squash.apply(F.linear(rows.to(weight.dtype), weight), (None if scales[0] == 1 else scales[0]) if same else weight.new_tensor(scales))
+        layers, table, self.pick, self.index = _table(state, adapter, variant_of(state, adapter), values)
         blocks, self.shape, self.block, self.graph = {}, state.layout.ids.shape, None, False
         for m, width in zip(layers, _widths(layers, adapter)): blocks.setdefault(state.blocks[m], []).append((m, width))
         self.widths = [[w for _, w in block] for block in blocks.values()]
@@ -251,18 +261,19 @@ class TokenGates:
 
 def variant_of(state, adapter:str): return next(v for m in state.layers if m.space == "token" and isinstance(v := m.lora_variant.get(adapter), GateVariant))
 
-# %% ../nbs/08_temporal.ipynb #7474949b
+# %% ../nbs/08_temporal.ipynb #baf48e53
 def _updated(result, low, B, scale:float, narrow:bool):
-    update = F.linear(low, B).mul_(scale)
+    update = F.linear(low, B)
+    if scale != 1: update = update.mul_(scale)
     return result + (update.to(result.dtype) if narrow else update)
 
 def _flat(*tensors): return (t.flatten(0, -2) for t in tensors)
 
 class GatedUpdate(torch.autograd.Function):
-    "result + scale (x A' * gate) B'; the gate is that of a module in `gates`."
+    "result + scale (x A' * g) B'; `gate`: g of a module in `gates`, which holds it times the scale."
     @staticmethod
     def forward(ctx, x, result, A, B, gate, gates, module, scale:float):
-        low = F.linear(x, A).mul_(gate)
+        low, scale = F.linear(x, A).mul_(gate), scale/_folded(scale)    # the rest is in the gate
         ctx.save_for_backward(x, low)                                  # each one more costs checkpointing a call of Python: parameters wait outside
         ctx.rest = A, B, gates, module, scale, result.dtype
         return _updated(result, low, B, scale, module.quantized)
@@ -270,13 +281,14 @@ class GatedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         (x, low), (A, B, gates, module, scale, dtype) = ctx.saved_tensors, ctx.rest
-        gate, (flat, low, dy) = gates.of(module), _flat(x, low, d.to(low.dtype)*scale)
+        dy = d.to(low.dtype) if scale == 1 else d.to(low.dtype)*scale
+        gate, (flat, low, dy) = gates.of(module), _flat(x, low, dy)
         dlow = dy @ B
         s = (low*dlow).view(*x.shape[:-1], -1)
         dlow.view_as(s).mul_(gate)
         return (dlow @ A).view_as(x) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, s.sum_to_size(gate.shape), None, None, None
 
-# %% ../nbs/08_temporal.ipynb #32bf5ae2
+# %% ../nbs/08_temporal.ipynb #e66a524c
 class WeighedUpdate(torch.autograd.Function):
     "result + scale x A' B'; what its gradient teaches A and B is multiplied by `gate`, and x gets its true one."
     @staticmethod
@@ -325,7 +337,7 @@ class GateVariant(LoraVariant):
         update = update*module.scaling[active_adapter]
         return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
 
-# %% ../nbs/08_temporal.ipynb #cf283c6e
+# %% ../nbs/08_temporal.ipynb #e2ee235f
 def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
     "`forward` as one operation of autograd; None where it has to be several."
     if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
@@ -433,9 +445,9 @@ class FrameState:
     "What the hooks note and the gated layers read: the layout of the current forward pass."
     def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.layers, self.blocks, self.shares, self.handles = layout, False, [], [], {}, True, []
 
-    def set(self, signal, frames=None):
+    def set(self, signal, frames=None, device=None):
         signal, frames = flat_signals(signal, frames)
-        self.layout = replace(self.layout, signal=signal, frames=frames, ids=None, pixels=None, tower={}, cache={})
+        self.layout = replace(self.layout, signal=signal, frames=frames, device=device or signal.device, ids=None, pixels=None, tower={}, cache={})
 
     def note(self, module, args, kwargs):
         "Before the model's forward. Signals may come with the batch, as `frame_signals` (and `frames`)."
@@ -556,12 +568,12 @@ def wire_gates(
 # %% ../nbs/08_temporal.ipynb #50492cce
 def set_frame_signals(model, signal, frames=None):
     "Give the gates of `model` the signals of the next batch: (B, K, C or more), of which `frames` (B,) are real, or a list of (K_b, C or more). They see the first C; a model without gates ignores them."
-    for layer in model.modules():
-        if isinstance(layer, Gated) and layer.frame_state is not None:
-            like = next(iter(layer.lora_A.values())).weight
-            c = next(c.signals for c in model.peft_config.values() if isinstance(c, TemporalLoraConfig))
-            layer.frame_state.set([s[..., :c].to(like) for s in signal] if isinstance(signal, (list, tuple)) else signal[..., :c].to(like), frames)
-            return                                                       # one state serves all layers
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state = base.__dict__.get("_frame_state") or next((m.frame_state for m in model.modules() if isinstance(m, Gated) and m.frame_state is not None), None)
+    if state is None: return                                             # one state serves all layers
+    like = next(iter(state.layers[0].lora_A.values())).weight
+    c = next(c.signals for c in model.peft_config.values() if isinstance(c, TemporalLoraConfig))
+    state.set([s[..., :c].to(like.dtype) for s in signal] if isinstance(signal, (list, tuple)) else signal[..., :c].to(like.dtype), frames, like.device)
 
 def standardized(model, signal:torch.Tensor) -> torch.Tensor:
     "Raw frame signals (N, K, C) as the gates of `model` know them; its adapter keeps mean and deviation. Unchanged without gates."
