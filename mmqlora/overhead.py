@@ -54,7 +54,7 @@ def method_cell(cell:dict, device:str, small:bool) -> dict:
     clean(device)
     return measure(stepper(seen(model, loss, cell.get("gate", "none")), optimizer, batch), device, steps=3) | size
 
-# %% ../nbs/12ca_overhead.ipynb #2b5b3f10
+# %% ../nbs/12ca_overhead.ipynb #38a9b1cf
 def gated_cell(cell:dict, device:str, small:bool) -> dict:
     "Peak and time of a way to step with gates: as `step_cell` without."
     model = method_model(cell["model"], "qlora", device, small, cell["rank"], cell["gate"])
@@ -72,7 +72,7 @@ def gated_gradient_cell(cell:dict, device:str, small:bool) -> dict:
         return make_batch(model, frames, device, dtype, side)
     return compare_gradients(lambda: method_model(cell["model"], "qlora", device, small, gate=cell["gate"], dtype=torch.bfloat16), batch, cell["ways"], device)
 
-# %% ../nbs/12ca_overhead.ipynb #581a07e8
+# %% ../nbs/12ca_overhead.ipynb #0639d9e3
 def liger_cell(cell:dict, device:str, small:bool) -> dict:
     "Peak and time of stock with Liger's kernels. Raises `InputError` where liger-kernel is missing or not for this device."
     try: from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl as apply
@@ -85,7 +85,7 @@ def liger_cell(cell:dict, device:str, small:bool) -> dict:
         loss, optimizer = set_up(model, "stock")
         apply(model=model.get_base_model())
         clean(device)
-        return measure(stepper(loss, optimizer, make_batch(model, cell["frames"], device)), device)
+        return measure(stepper(loss, optimizer, make_batch(model, cell["frames"], device)), device) | dict(trainable=trainable(model))
     finally: vars(module).update(before)
 
 # %% ../nbs/12ca_overhead.ipynb #4b60b149
@@ -185,7 +185,7 @@ def base_cell(cell:dict, device:str, small:bool) -> dict:
 def base_cells(folder:str="models/base") -> list[dict]:
     "What `base_cell` measures."
     told = lambda adapter, frames, cache=True: dict(kind="base", model=folder, adapter=adapter, frames=frames, cache=cache, clips=40, words=20)
-    return [*(told(a, f) for f in (8, 4) for a in ("qlora", "merged", "gated")), told("merged", 8, False)]
+    return [*(told(a, f) for f in (8, 4, 2) for a in ("qlora", "merged", "gated")), told("merged", 8, False)]
 
 # %% ../nbs/12ca_overhead.ipynb #c5e70c7f
 SMALL_ONE = "qwen2-vl-2b"
@@ -209,7 +209,7 @@ def overhead_cells() -> list[dict]:
             *(step(SMALL_ONE, "ours", f, rank=r) for f, r in ((16, 8), (48, 64), (96, 16))), step(SMALL_ONE, "ours_small", 96, rank=32),
             step("video-llama3-7b", "ours", 16), step("video-llama3-7b", "ours_small", 64), step(BIG, "ours", 64), step(BIG, "ours_small", 256)]
 
-# %% ../nbs/12ca_overhead.ipynb #7c161f96
+# %% ../nbs/12ca_overhead.ipynb #ab9764f5
 def gate_cells() -> list[dict]:
     "All cells, most important first."
     gates = lambda way, rounds, *kinds: dict(kind="gates", model=SMALL_ONE, way=way, frames=32, gates=["none", *kinds], rounds=rounds)

@@ -127,7 +127,7 @@ def compare(cells:dict, known=()) -> list[dict]:
     "Predictions for the measured cells of a benchmark record, next to what was measured; `known`: those made before."
     out = {row["cell"]: row for row in known}
     for name, cell in cells.items():
-        if cell["kind"] not in ("step", "count", "gated") or "error" in cell or cell.get("cached"): continue
+        if cell["kind"] not in ("step", "count", "gated", "repeat") or "error" in cell or cell.get("cached"): continue
         if name not in out:
             p = predict(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"], gate=cell.get("gate", "none")))
             out[name] = dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, calls=p.calls, transformers=transformers.__version__)
