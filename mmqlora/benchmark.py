@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'WAYS', 'KINDS', 'BIG', 'RATE', 'shrink', 'config_of',
            'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
-           'stock', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell', 'gradient_cell',
-           'profile_cell', 'count_cell', 'cells', 'name_of', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor']
+           'stock', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell', 'compare_gradients',
+           'gradient_cell', 'profile_cell', 'count_cell', 'cells', 'name_of', 'efficiency', 'floor_ms', 'table_of',
+           'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
 import gc, time, traceback
@@ -267,25 +268,30 @@ def packed_cell(cell:dict, device:str, small:bool) -> dict:
     return dict(out, tokens=sum(tokens), clips=tokens)
 
 # %% ../nbs/12c_benchmark.ipynb #66f84f1a
-def _gradients(name, way, frames, device, small, exact=False) -> tuple[float, dict]:
-    model = build_model(name, device, torch.bfloat16, small)
+def _gradients(build, way, batch, exact=False) -> tuple[float, dict]:
+    model = build()
     loss, _ = set_up(widen(model) if exact else model, way)
-    value = loss(make_batch(model, frames, device, torch.float32 if exact else torch.bfloat16, 56 if small else 336))
+    value = loss(batch(model, torch.float32 if exact else torch.bfloat16))
     value.backward()
     return float(value.detach()), {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
 
-def gradient_cell(cell:dict, device:str, small:bool) -> dict:
-    "Gradients of ours and of stock in 16 bits, each against stock in fp32: relative error of the whole gradient, and the worst tensor."
-    frames = min(cell["frames"], 4) if small else cell["frames"]
-    out, (exact, wanted) = {}, _gradients(cell["model"], "stock_labels", frames, device, small, exact=True)
+def compare_gradients(build, batch, ways, device:str) -> dict:
+    "way -> relative error of the whole gradient and of the worst tensor in 16 bits, against stock in fp32. `build()`: a model; `batch(model, dtype)`."
+    out, (exact, wanted) = {}, _gradients(build, "stock_labels", batch, exact=True)
     whole = sum(g.square().sum() for g in wanted.values()).sqrt()
-    for way in ("stock_labels", *cell["ways"]):
+    for way in ("stock_labels", *ways):
         clean(device)
-        value, grads = _gradients(cell["model"], way, frames, device, small)
+        value, grads = _gradients(build, way, batch)
         off = {n: (grads[n] - g).norm() for n, g in wanted.items()}
         out[way] = dict(loss=value, loss_fp32=exact, error=float(sum(o.square() for o in off.values()).sqrt()/whole), same_names=grads.keys() == wanted.keys(),
                         worst=float(max(o/wanted[n].norm() for n, o in off.items())))
     return out
+
+def gradient_cell(cell:dict, device:str, small:bool) -> dict:
+    "`compare_gradients` of plain LoRA."
+    frames = min(cell["frames"], 4) if small else cell["frames"]
+    return compare_gradients(lambda: build_model(cell["model"], device, torch.bfloat16, small),
+                             lambda model, dtype: make_batch(model, frames, device, dtype, 56 if small else 336), cell["ways"], device)
 
 # %% ../nbs/12c_benchmark.ipynb #8ab6484e
 def profile_cell(cell:dict, device:str, small:bool) -> dict:

@@ -322,16 +322,16 @@ def efficiency_figure(cells:dict) -> Figure:
 # %% ../nbs/14_figures.ipynb #445cb460
 @drawn
 def planner_figure(predictions:list[dict]) -> Figure:
-    "Predicted against measured, every step that was measured: peak above; time of ours below, the run that calibrates as a ring. A dot on the line is exact."
+    "Predicted against measured, every step that was measured: peak above; time of ours and stock below, the run that calibrates as a ring. A dot on the line is exact."
     figure, axes = canvas(COLUMN, 3.1, rows=2)
     def model(p): return p["cell"].split("/")[1]
     names = list(dict.fromkeys(model(p) for p in predictions if p.get("measured_peak")))
-    timed = {p["cell"]: p["bound_ms"] for p in predictions if p.get("measured_ms") and "bound_ms" in p and "/ours" in p["cell"]}
+    timed = {p["cell"]: p["bound_ms"] for p in predictions if p.get("measured_ms") and "bound_ms" in p and ("/ours" in p["cell"] or "/stock" in p["cell"])}
     one = next((p for p in predictions if p["cell"] == "step/qwen2.5-vl-7b/ours_small/32" and p.get("measured_ms")), None)
     factor = one["measured_ms"]/timed[one["cell"]] if one else 1.
     peaks = [(model(p), p["measured_peak"]/2**30, p["peak"]/2**30) for p in predictions if p.get("measured_peak")]
     times = [(model(p), p["measured_ms"], factor*timed[p["cell"]]) for p in predictions if p["cell"] in timed]
-    for ax, points, what in ((axes[0], peaks, "peak, GiB"), (axes[1], times, "step of ours, ms")):
+    for ax, points, what in ((axes[0], peaks, "peak, GiB"), (axes[1], times, "step, ms")):
         for i, m in enumerate(names):
             ax.plot([x for n, x, _ in points if n == m], [y for n, _, y in points if n == m], ls="", color=PALETTE[i], marker=MARKERS[i], label=m)
         ax.axline((1, 1), slope=1, color=".5", lw=.7, zorder=0)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, modeling_outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import Lin, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, lin_backward, lin_forward, read_linear
+from .blocks import Group, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, project, project_grad, read_linear
 from .core import InputError, atomic_path, content_hash
 from .ledger import in_host
 
@@ -295,7 +295,7 @@ def _stay(module:nn.Module):
 def host_embeddings(model) -> str:
     "Lever: the input embedding stays in host memory. Not if it is trained, or tied to a head that stays on the GPU."
     words, head = base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings()
-    if type(words) is not nn.Embedding or words.weight.requires_grad or in_host(words): return ""
+    if not isinstance(words, nn.Embedding) or getattr(words, "num_additional_embeddings", 0) or words.weight.requires_grad or in_host(words): return ""
     if head is not None and head.weight is words.weight and not in_host(head): return ""
     size = words.weight.numel()*words.weight.element_size()
     _stay(words)
@@ -342,23 +342,23 @@ def quantize_head(model, kind:str="nf4") -> str:
 class LinearFunction(torch.autograd.Function):
     "A frozen linear with its adapter as one operation that keeps its input only."
     @staticmethod
-    def forward(ctx, x, lin:Lin, A, B):
-        ctx.lin = lin
+    def forward(ctx, x, group:Group, A, B):
+        ctx.group = group
         ctx.save_for_backward(x)
-        return lin_forward(x.flatten(0, -2), lin).view(*x.shape[:-1], -1)
+        return project(x.flatten(0, -2), group)[0][0].view(*x.shape[:-1], -1)
     @staticmethod
     def backward(ctx, dy):
-        (x,), lin = ctx.saved_tensors, ctx.lin
-        dx, dA, dB = lin_backward(dy.flatten(0, -2), x.flatten(0, -2), lin)
-        return dx.view_as(x), None, *(None if g is None else g.to(lin.A.dtype) for g in (dA, dB))
+        (x,), group = ctx.saved_tensors, ctx.group
+        dx, grads = project_grad([dy.flatten(0, -2)], x.flatten(0, -2), group)
+        return dx.view_as(x), None, *(None if g is None else g.to(group.lins[0].A.dtype) for g in grads)
 
 def fuse_linear(module:nn.Module):
     "Make an adapted 4-bit linear run as one function while it trains. Raises `Unfit`."
-    lin = read_linear(module)
+    group = Group([lin := read_linear(module)])
     def make(stock):
         def forward(x, *args, **kwargs):
             if not (module.training and torch.is_grad_enabled()) or args or kwargs: return stock(x, *args, **kwargs)
-            return LinearFunction.apply(x, lin, lin.A, lin.B)
+            return LinearFunction.apply(x, group, lin.A, lin.B)
         return forward
     patch(module, make)
 

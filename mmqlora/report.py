@@ -396,24 +396,27 @@ def _of_kind(e:Evidence, *kinds) -> list[dict]:
 
 CALIBRATED = "step/qwen2.5-vl-7b/ours_small/32"       # the one run whose time is known to the planner
 
-def planner_delays(e:Evidence) -> np.ndarray:
-    "Predicted over measured time, minus one, of every step of ours but the one that calibrates."
-    rows = {p["cell"]: p["bound_ms"]/p["measured_ms"] for p in e.efficiency["predictions"] if p.get("measured_ms") and "bound_ms" in p and "/ours" in p["cell"]}
-    return np.array([r/rows[CALIBRATED] - 1 for n, r in rows.items() if n != CALIBRATED]) if CALIBRATED in rows else np.array([])
+def planner_delays(e:Evidence, way:str="/ours") -> np.ndarray:
+    "Predicted over measured time, minus one, of every step of a way but the one that calibrates."
+    rows = {p["cell"]: p["bound_ms"]/p["measured_ms"] for p in e.efficiency["predictions"] if p.get("measured_ms") and "bound_ms" in p}
+    return np.array([r/rows[CALIBRATED] - 1 for n, r in rows.items() if n != CALIBRATED and way in n]) if CALIBRATED in rows else np.array([])
 
 # %% ../nbs/14a_report.ipynb #a7e4aa49
 def gate_macros(e:Evidence) -> dict:
-    "eff.gate.<way>.<gate>: time it adds; eff.gate.memory; eff.two.<way>.ms of the small model."
+    "eff.gate.<way>.<gate>: time it adds; eff.gate.memory; eff.two.<way>.<ms, gib> of the small model."
     out = {}
-    gates = {c["way"]: c["steps"] for c in _of_kind(e, "gates")}
-    for way in ("ours", "stock_labels"):
+    gates = {}
+    for c in _of_kind(e, "gates"): gates.setdefault(c["way"], {}).update(c["steps"])          # later leases count
+    for way in ("ours", "ours_graphs", "stock_labels"):
         for gate in ("scalar", "rank", "time", "gradient"):
             c = gates.get(way, {}).get(gate, {})
             out[f"eff.gate.{way}.{gate}"] = percent(c["time_ratio"] - 1 if c else None)
     plain, gated = ([c for c in _of_kind(e, "method") if c["method"] == "qlora" and c["gate"] == g] for g in ("none", "rank"))
     out["eff.gate.memory"] = f"{number(100*(gated[0]['peak_bytes']/plain[0]['peak_bytes'] - 1), 2)}" + r"\,\%" if plain and gated else "n/a"
-    steps = {c["way"]: c["step_ms"] for c in _of_kind(e, "repeat") if c["model"] == "qwen2-vl-2b"}
-    for way in ("ours", "ours_graphs"): out[f"eff.two.{way}.ms"] = number(steps.get(way), 0)
+    steps = {c.get("way", "liger"): c for c in _of_kind(e, "repeat", "liger") if c["model"] == "qwen2-vl-2b"}
+    for way in ("stock_labels", "liger", "blocks", "ours", "ours_graphs"):
+        c = steps.get(way, {})
+        out |= {f"eff.two.{way}.ms": number(c.get("step_ms"), 0), f"eff.two.{way}.gib": number(c["peak_bytes"]/2**30 if c else None, 2)}
     idefics = {c["way"]: c for c in _of_kind(e, "repeat") if c["model"] == "idefics-9b"}
     for name, key in (("time", "step_ms"), ("memory", "peak_bytes")): out[f"eff.idefics.{name}"] = number(idefics["ours"][key]/idefics["stock_labels"][key] if len(idefics) == 2 else None, 2)
     return out
@@ -434,8 +437,9 @@ def efficiency_macros(e:Evidence) -> dict:
     for name in ("stock_labels", *LEAN, "ours_graphs"): out[f"eff.gradient.{name}"] = percent(gradient.get(name, {}).get("error"))
     levers = [g["error"] for g in gradient.values() if isinstance(g, dict)]
     out |= {"eff.gradient.least": percent(min(levers, default=None)), "eff.gradient.most": percent(max(levers, default=None))}
-    errors, late = abs(planner_errors(e)), planner_delays(e)
+    errors, late, stock = abs(planner_errors(e)), planner_delays(e), planner_delays(e, "/stock")
     packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "ours_small" in name]
+    out |= {"eff.planner.stock.n": str(len(stock)), "eff.planner.stock.worst": percent(float(abs(stock).max()) if len(stock) else None)}
     out |= {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": percent(float(abs(late).max()) if len(late) else None), "eff.packed": number(max(packed, default=None), 2), "eff.packed.least": number(min(packed, default=None), 2)}
     out |= gate_macros(e)
     out["eff.errors"] = str(len(e.efficiency.get("errors", {})))
@@ -713,9 +717,9 @@ def gatecost_table(e:Evidence) -> str:
     return _or_none([row(c, gate) for c in _of_kind(e, "gates") for gate in c["steps"]], "llrrr", ["Step", "Gate", "ms/step", "Time", "Peak"])
 
 def methodsteps_table(e:Evidence) -> str:
-    "A step of each method on the same 4-bit model, and of ours in the same lease, eager and as CUDA graphs."
-    def name(c): return run_name(c["way"]) if c["kind"] == "repeat" else c["method"] + ("" if c.get("gate", "none") == "none" else f", gate {c['gate']}")
-    cells = [*_of_kind(e, "method"), *(c for c in _of_kind(e, "repeat") if c["model"] == "qwen2-vl-2b")]
+    "A step of each method on the same 4-bit model; and of one lease, stock, with Liger's kernels, and ours, eager and as CUDA graphs."
+    def name(c): return "stock, Liger" if c["kind"] == "liger" else run_name(c["way"]) if c["kind"] == "repeat" else c["method"] + ("" if c.get("gate", "none") == "none" else f", gate {c['gate']}")
+    cells = [*_of_kind(e, "method"), *(c for c in _of_kind(e, "repeat", "liger") if c["model"] == "qwen2-vl-2b")]
     rows = [[name(c), count(c["trainable"]), number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])] for c in cells]
     return _or_none(rows, "lrrr", ["Method", "Trained", "Peak GiB", "ms/step"])
 

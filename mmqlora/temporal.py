@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
-           'token_table', 'features', 'gate_values', 'slopes', 'from_table', 'GateVariant', 'static_gate',
-           'gated_delta', 'Gated', 'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig',
-           'FrameState', 'gated_layers', 'wire_gates', 'set_frame_signals', 'standardized']
+           'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'from_table', 'TokenGates', 'variant_of',
+           'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'GatedLinear',
+           'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers', 'wire_gates',
+           'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
+import math, re
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -42,9 +44,9 @@ def unit_features(signal:torch.Tensor, frames:list[int], units:list[int], per_un
         if [-(-n//per_unit) for n in frames] != units:
             raise InputError("frame signals", f"of {frames} frames, but the inputs hold {units} units of {per_unit} frames", "set_frame_signals for this batch")
         starts = [sum(units[:i]) for i in range(len(units))]
-        of = torch.cat([s + torch.arange(n)//per_unit for s, n in zip(starts, frames)]).to(signal.device)
-        total = signal.new_zeros(sum(units), signal.shape[1]).index_add(0, of, signal)
-        signal = total/torch.bincount(of.cpu(), minlength=sum(units)).to(signal)[:, None]
+        of = torch.cat([s + torch.arange(n)//per_unit for s, n in zip(starts, frames)])
+        total = signal.new_zeros(sum(units), signal.shape[1]).index_add(0, of.to(signal.device), signal)
+        signal = total/torch.bincount(of, minlength=sum(units)).to(signal)[:, None]       # counted on the host, which need not wait for a GPU
     at = torch.cat([(torch.arange(n) + .5)/n for n in units])*torch.pi
     rows = torch.cat([signal.new_ones(len(signal), 1), signal, torch.stack([at.cos(), (2*at).cos()], 1).to(signal)], 1)
     return torch.cat([rows/2, rows.new_zeros(1, rows.shape[1])])
@@ -60,10 +62,15 @@ class Layout:
     tower: dict = field(default_factory=dict)         # How a packed tower sees the clips (`tower_inputs`)
     ids: torch.Tensor | None = None                   # (B, L) of a forward with visual tokens; None: it has none
     pixels: tuple | None = None                       # Shape of the pixels
+    device: object = None                             # Of the layers; signals wait where they came from
     cache: dict = field(default_factory=dict)
 
     def visual(self, times:int):
         "The visual tokens in order, each clip `times` times."
+        if ("visual", times) not in self.cache: self.cache["visual", times] = self._visual(times)
+        return self.cache["visual", times]
+
+    def _visual(self, times:int):
         tower, clips = self.tower, len(self.frames)
         if self.family.packs:
             if len(tower["grids"]) != clips*times: _times(len(tower["grids"]), clips, "clips")
@@ -75,7 +82,8 @@ class Layout:
         if times not in self.cache:
             signal = self.signal if times == 1 else torch.cat([s for s in self.signal.split(self.frames) for _ in range(times)])
             frames = [n for n in self.frames for _ in range(times)]
-            self.cache[times] = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config))
+            rows = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config))
+            self.cache[times] = rows.to(self.device or rows.device)
         return self.cache[times]
 
 # %% ../nbs/08_temporal.ipynb #66d77564
@@ -163,22 +171,139 @@ def slopes(rows:torch.Tensor, variant) -> torch.Tensor:
     return torch.cat([rows.new_zeros(1, 1), rows.new_full((1, variant.signals), variant.slope/variant.signals)], 1)
 
 # %% ../nbs/08_temporal.ipynb #ffb137f7
-def _table(state, adapter:str, variant) -> tuple:
-    "({layer: its columns of the table}, (tokens, units + 1) matrix that picks a row for each token) of this forward pass."
+def _tabled(module, x:torch.Tensor, variant) -> bool:
+    "Whether the gates of a layer are in the table of this forward pass."
+    state = module.frame_state
+    return variant.kind != "gradient" and module.space == "token" and state.shares and state.layout.ids is not None and x.shape[:-1] == state.layout.ids.shape
+
+def _table(state, adapter:str, variant, values) -> tuple:
+    "(layers, the gates of all side by side (units + 1, sum of rows), (tokens, units + 1) matrix that picks a row for each token, that row) of this forward pass."
     units, index = token_table(state.layout, variant.width)
     layers = [m for m in state.layers if m.space == "token" and adapter in m.lora_gate and isinstance(m.lora_variant.get(adapter), GateVariant)]
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)             # checkpointing of the layer that asks first has no part in it
-    with keep: columns = gate_values(units, torch.cat([m.lora_gate[adapter] for m in layers])).split([len(m.lora_gate[adapter]) for m in layers], 1)
-    return dict(zip(layers, columns)), (index[:, None] == torch.arange(len(units), device=index.device)).to(columns[0].dtype)
+    with keep: table = values(units, stacked([m.lora_gate[adapter] for m in layers]), layers)
+    return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
+
+# %% ../nbs/08_temporal.ipynb #e8bee12f
+def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
+
+class _Stack(torch.autograd.Function):
+    "`torch.cat` of many small matrices, whose gradient is cut in one operation."
+    @staticmethod
+    def forward(ctx, *rows):
+        ctx.sizes = [len(r) for r in rows]
+        return torch.cat(rows)
+    @staticmethod
+    def backward(ctx, d): return d.split(ctx.sizes)
+
+def stacked(rows) -> torch.Tensor: return _Stack.apply(*rows)
+
+def _cached(state, adapter:str, make):
+    key = make, adapter, torch.is_grad_enabled(), torch.is_autocast_enabled()
+    if key not in state.layout.cache: state.layout.cache[key] = make(state, adapter)
+    return state.layout.cache[key]
 
 def from_table(module, adapter:str, x:torch.Tensor, variant) -> torch.Tensor | None:
     "Gates for the input x of a layer that sees tokens; None if they are to be computed for it alone."
-    state, kind = module.frame_state, variant.kind
-    if kind == "gradient" or module.space != "token" or not state.shares or state.layout.ids is None or x.shape[:-1] != state.layout.ids.shape: return None
-    key = "table", adapter, torch.is_grad_enabled(), torch.is_autocast_enabled()
-    if key not in state.layout.cache: state.layout.cache[key] = _table(state, adapter, variant)
-    columns, pick = state.layout.cache[key]
+    if not _tabled(module, x, variant): return None
+    columns, pick = _cached(module.frame_state, adapter, _columns)
     return (pick @ columns[module]).view(*x.shape[:-1], -1)             # a product: its gradient sums in a fixed order
+
+def _columns(state, adapter:str) -> tuple:
+    layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), lambda rows, weight, _: gate_values(rows, weight))
+    return dict(zip(layers, table.split(_widths(layers, adapter), 1))), pick
+
+# %% ../nbs/08_temporal.ipynb #9447d8f5
+class _Squash(torch.autograd.Function):
+    "(1 + tanh(p)) times `scale`; takes the gradient that a gate times itself gets."
+    @staticmethod
+    def forward(ctx, p, scale):
+        ctx.save_for_backward(g := 1 + torch.tanh(p))
+        return g if scale is None else g*scale
+    @staticmethod
+    def backward(ctx, s): return s*(2 - ctx.saved_tensors[0]), None
+
+class _Gather(torch.autograd.Function):
+    "Rows of a table by index; `pick` is the index as a matrix, so that the gradient sums in a fixed order."
+    @staticmethod
+    def forward(ctx, table, pick, index):
+        ctx.pick = pick
+        return table.index_select(0, index)
+    @staticmethod
+    def backward(ctx, d): return ctx.pick.t() @ d, None, None
+
+def _folded(scale:float) -> float:
+    "alpha / r, if a product with it may be taken anywhere: a power of two costs no bit. Else 1."
+    return scale if math.frexp(scale)[0] == .5 else 1.
+
+# %% ../nbs/08_temporal.ipynb #8155b68d
+class TokenGates:
+    "The gates of each token times alpha / r, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
+    def __init__(self, state, adapter:str):
+        def values(rows, weight, layers):
+            scales = [_folded(m.scaling[adapter]) for m, n in zip(layers, _widths(layers, adapter)) for _ in range(n)]
+            same = len(set(scales)) == 1
+            return _Squash.apply(F.linear(rows.to(weight.dtype), weight), (None if scales[0] == 1 else scales[0]) if same else weight.new_tensor(scales))
+        layers, table, self.pick, self.index = _table(state, adapter, variant_of(state, adapter), values)
+        blocks, self.shape, self.block, self.graph = {}, state.layout.ids.shape, None, False
+        for m, width in zip(layers, _widths(layers, adapter)): blocks.setdefault(state.blocks[m], []).append((m, width))
+        self.widths = [[w for _, w in block] for block in blocks.values()]
+        self.place = {m: (b, i) for b, block in enumerate(blocks.values()) for i, (m, _) in enumerate(block)}
+        self.tables = table.split([sum(w) for w in self.widths], 1)
+
+    def of(self, module) -> torch.Tensor:
+        "(B, L, r or 1)"
+        block, i = self.place[module]
+        if block != self.block or torch.is_grad_enabled() and not self.graph:
+            rows = _Gather.apply(self.tables[block], self.pick, self.index)
+            self.block, self.graph, self.rows = block, torch.is_grad_enabled(), rows.view(*self.shape, -1).split(self.widths[block], -1)
+        return self.rows[i]
+
+def variant_of(state, adapter:str): return next(v for m in state.layers if m.space == "token" and isinstance(v := m.lora_variant.get(adapter), GateVariant))
+
+# %% ../nbs/08_temporal.ipynb #baf48e53
+def _updated(result, low, B, scale:float, narrow:bool):
+    update = F.linear(low, B)
+    if scale != 1: update = update.mul_(scale)
+    return result + (update.to(result.dtype) if narrow else update)
+
+def _flat(*tensors): return (t.flatten(0, -2) for t in tensors)
+
+class GatedUpdate(torch.autograd.Function):
+    "result + scale (x A' * g) B'; `gate`: g of a module in `gates`, which holds it times the scale."
+    @staticmethod
+    def forward(ctx, x, result, A, B, gate, gates, module, scale:float):
+        low, scale = F.linear(x, A).mul_(gate), scale/_folded(scale)    # the rest is in the gate
+        ctx.save_for_backward(x, low)                                  # each one more costs checkpointing a call of Python: parameters wait outside
+        ctx.rest = A, B, gates, module, scale, result.dtype
+        return _updated(result, low, B, scale, module.quantized)
+
+    @staticmethod
+    def backward(ctx, d):
+        (x, low), (A, B, gates, module, scale, dtype) = ctx.saved_tensors, ctx.rest
+        dy = d.to(low.dtype) if scale == 1 else d.to(low.dtype)*scale
+        gate, (flat, low, dy) = gates.of(module), _flat(x, low, dy)
+        dlow = dy @ B
+        s = (low*dlow).view(*x.shape[:-1], -1)
+        dlow.view_as(s).mul_(gate)
+        return (dlow @ A).view_as(x) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, s.sum_to_size(gate.shape), None, None, None
+
+# %% ../nbs/08_temporal.ipynb #e66a524c
+class WeighedUpdate(torch.autograd.Function):
+    "result + scale x A' B'; what its gradient teaches A and B is multiplied by `gate`, and x gets its true one."
+    @staticmethod
+    def forward(ctx, x, result, A, B, gate, inverse, module, scale:float):
+        low = F.linear(x, A)
+        ctx.save_for_backward(x, low)
+        ctx.rest = A, B, gate, inverse, scale, result.dtype
+        return _updated(result, low, B, scale, module.quantized)
+
+    @staticmethod
+    def backward(ctx, d):
+        (x, low), (A, B, gate, inverse, scale, dtype) = ctx.saved_tensors, ctx.rest
+        flat, low, dy = _flat(x, low, (d.to(low.dtype)*scale).mul_(gate))
+        dlow = dy @ B
+        return (dlow @ A).view_as(x).mul_(inverse) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, None, None, None, None
 
 # %% ../nbs/08_temporal.ipynb #5b52391e
 class GateVariant(LoraVariant):
@@ -196,13 +321,13 @@ class GateVariant(LoraVariant):
     def gate(self, module, adapter:str, x:torch.Tensor) -> torch.Tensor | None:
         "Gates for the input x, shaped to multiply A x; None where all are 1."
         if module.frame_state is None: raise InputError(f"adapter '{adapter}'", "its gates are not wired", "mmqlora.load does it, or wire_gates(model)")
-        if self.kind == "gradient" and not torch.is_grad_enabled(): return None
+        if self.kind == "gradient": return self.weights(module, x)[0] if torch.is_grad_enabled() else None
         if (shared := from_table(module, adapter, x, self)) is not None: return shared
         rows, shape = features(module.frame_state.layout, module.space, x, self.width)
-        if rows is None: return None
-        return gate_values(rows, slopes(rows, self) if self.kind == "gradient" else module.lora_gate[adapter]).view(*shape, -1)
+        return None if rows is None else gate_values(rows, module.lora_gate[adapter]).view(*shape, -1)
 
     def forward(self, module, active_adapter:str, x, result, gate=0, **kwargs):
+        if isinstance(gate, int) and (whole := self.at_once(module, active_adapter, x, result)) is not None: return whole
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         gate = self.gate(module, active_adapter, x) if isinstance(gate, int) else gate
         x = module.lora_dropout[active_adapter](x)
@@ -211,6 +336,32 @@ class GateVariant(LoraVariant):
         else: update = b(a(x)*gate)
         update = update*module.scaling[active_adapter]
         return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
+
+# %% ../nbs/08_temporal.ipynb #e2ee235f
+def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
+    "`forward` as one operation of autograd; None where it has to be several."
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    if a._forward_hooks or b._forward_hooks or a.bias is not None or b.bias is not None or type(module.lora_dropout[adapter]) is not nn.Identity: return None
+    last = a.weight, b.weight
+    if self.kind == "gradient":
+        gate, inverse = self.weights(module, x)
+        return None if gate is None else WeighedUpdate.apply(x, result, *last, gate, inverse, module, module.scaling[adapter])
+    if not _tabled(module, x, self): return None
+    gates = _cached(module.frame_state, adapter, TokenGates)
+    return GatedUpdate.apply(x, result, *last, gates.of(module), gates, module, module.scaling[adapter])
+
+def _weights(self:GateVariant, module, x:torch.Tensor) -> tuple:
+    "(g, 1/g) of a 'gradient' gate, the same for all layers that see x; None where all are 1."
+    layout = module.frame_state.layout
+    key = "weights", module.space, x.shape[:-1], self.signals, self.slope
+    if key not in layout.cache:
+        rows, shape = features(layout, module.space, x, self.width)
+        gate = None if rows is None else gate_values(rows, slopes(rows, self)).view(*shape, -1)
+        layout.cache[key] = gate, None if gate is None else 1/gate
+    return layout.cache[key]
+
+GateVariant.at_once, GateVariant.weights = _at_once, _weights
 
 # %% ../nbs/08_temporal.ipynb #468b3e8e
 def static_gate(module, adapter:str) -> torch.Tensor | None:
@@ -292,11 +443,11 @@ PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = TemporalLoraConfig
 # %% ../nbs/08_temporal.ipynb #b1f6067d
 class FrameState:
     "What the hooks note and the gated layers read: the layout of the current forward pass."
-    def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.layers, self.shares, self.handles = layout, False, [], [], True, []
+    def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.layers, self.blocks, self.shares, self.handles = layout, False, [], [], {}, True, []
 
-    def set(self, signal, frames=None):
+    def set(self, signal, frames=None, device=None):
         signal, frames = flat_signals(signal, frames)
-        self.layout = replace(self.layout, signal=signal, frames=frames, ids=None, pixels=None, tower={}, cache={})
+        self.layout = replace(self.layout, signal=signal, frames=frames, device=device or signal.device, ids=None, pixels=None, tower={}, cache={})
 
     def note(self, module, args, kwargs):
         "Before the model's forward. Signals may come with the batch, as `frame_signals` (and `frames`)."
@@ -409,6 +560,7 @@ def wire_gates(
     if state is None: _hook(model, base, state := FrameState(Layout(family, base.config)))
     state.checkpointed = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
     state.layers = [m for m in layers.values() if isinstance(m, Gated)]
+    state.blocks = {m: re.match(r"(.*\.\d+)?", n)[0] for n, m in layers.items()}                 # a name up to its last number: the block of layers it is in
     for name, layer in layers.items():
         if isinstance(layer, Gated): _give_space(base, name, layer, state)
     return state
@@ -417,12 +569,12 @@ def wire_gates(
 def set_frame_signals(model, signal, frames=None):
     "Give the gates of `model` the signals of the next batch: (B, K, C or more), of which `frames` (B,) are real, or a list of (K_b, C or more). They see the first C; a model without gates ignores them."
     if not any(isinstance(c, TemporalLoraConfig) for c in getattr(model, "peft_config", {}).values()): return      # every step asks
-    for layer in model.modules():
-        if isinstance(layer, Gated) and layer.frame_state is not None:
-            like = next(iter(layer.lora_A.values())).weight
-            c = next(c.signals for c in model.peft_config.values() if isinstance(c, TemporalLoraConfig))
-            layer.frame_state.set([s[..., :c].to(like) for s in signal] if isinstance(signal, (list, tuple)) else signal[..., :c].to(like), frames)
-            return                                                       # one state serves all layers
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state = base.__dict__.get("_frame_state") or next((m.frame_state for m in model.modules() if isinstance(m, Gated) and m.frame_state is not None), None)
+    if state is None: return                                             # one state serves all layers
+    like = next(iter(state.layers[0].lora_A.values())).weight
+    c = next(c.signals for c in model.peft_config.values() if isinstance(c, TemporalLoraConfig))
+    state.set([s[..., :c].to(like.dtype) for s in signal] if isinstance(signal, (list, tuple)) else signal[..., :c].to(like.dtype), frames, like.device)
 
 def standardized(model, signal:torch.Tensor) -> torch.Tensor:
     "Raw frame signals (N, K, C) as the gates of `model` know them; its adapter keeps mean and deviation. Unchanged without gates."

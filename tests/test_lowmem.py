@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mmqlora.batch import ClipSet, build_tokenizer
 from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
-from mmqlora.blocks import Lin, dense, lin_forward
+from mmqlora.blocks import Group, Lin, dense, project
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError
 from mmqlora.ledger import expected_peak, in_host, peak_of
@@ -154,7 +154,7 @@ def test_weights_that_evaluation_packed_for_the_cpu_are_read_right():
     x, before = torch.randn(3, 64), dense(layer.weight).clone()
     with torch.no_grad(): layer.eval()(x)
     torch.testing.assert_close(dense(layer.weight).float(), before, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(lin_forward(x, Lin(layer.weight)), x @ before.T, rtol=5e-2, atol=.2)
+    torch.testing.assert_close(project(x, Group([Lin(layer.weight)]))[0][0], x @ before.T, rtol=5e-2, atol=.2)
 
 
 def test_a_resumed_run_with_16_bit_adapters_is_exact():
@@ -256,6 +256,34 @@ def test_gated_layers_run_as_blocks_with_the_same_gradients(family, gate):
     for key in ("lora_gate", "lora_A"):
         parts = [{n: g for n, g in found.items() if key in n} for _, found in results]
         assert not parts[0] or distance(*parts) < 1e-5
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "rank", "gradient"])
+def test_recorded_halves_read_the_gates_of_their_own_batch(gate):
+    batch = video_inputs("qwen2_vl")
+    def run(**options):
+        model = gated("qwen2_vl", gate, tuple(LEVERS), **options) if gate != "none" else adapted("qwen2_vl", levers=tuple(LEVERS), **options)
+        def loss(seed):
+            if gate != "none": set_frame_signals(model, torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(seed)))
+            return model(**batch).loss
+        found = {}
+        def note(key):
+            found[key] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
+        for seed in (0, 1): loss(seed).backward(); note(seed)
+        for seed in (0, 1): loss(seed).backward()                                  # accumulated
+        note("both")
+        (loss(0) + loss(1)).backward(); note("at once")                            # two forward passes before a backward pass
+        return found
+    wanted, found = run(), run(graphs=True)
+    for key in wanted: assert distance(found[key], wanted[key]) < 1e-5
+    assert distance(found["both"], found["at once"]) < 1e-5
+    assert gate == "none" or distance(found[0], found[1]) > 1e-3
+
+
+def test_an_embedding_of_a_class_of_its_own_goes_to_host_memory_too():
+    report = low_memory(adapted("idefics"), embeddings="host")
+    assert report.done["embeddings"].endswith("of embeddings in host memory")
 
 
 @pytest.fixture(scope="module")

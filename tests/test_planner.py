@@ -117,9 +117,10 @@ def test_peaks_on_the_gpu_were_predicted_within_5_percent():
     assert max(map(abs, off.values())) < .05, sorted(off.items(), key=lambda item: -abs(item[1]))[:3]
 
 
-def test_after_one_calibration_the_time_of_our_step_is_predicted_within_25_percent():
-    ours = {n: row for n, row in MEASURED.items() if "/ours" in n}
-    one = ours["step/qwen2.5-vl-7b/ours_small/32"]
+@pytest.mark.parametrize("way, least", [("/ours", 10), ("/stock", 4)])
+def test_after_one_calibration_the_time_of_a_step_is_predicted_within_25_percent(way, least):
+    rows = {n: row for n, row in MEASURED.items() if way in n and row["measured_ms"]}
+    one = MEASURED["step/qwen2.5-vl-7b/ours_small/32"]
     card = replace(Calibration(factor=1.), factor=one["measured_ms"]/1000/seconds_of(one, Calibration(factor=1.)))
-    off = {n: seconds_of(row, card)*1000/row["measured_ms"] - 1 for n, row in ours.items()}
-    assert len(off) >= 10 and max(map(abs, off.values())) < .25, sorted(off.items(), key=lambda item: -abs(item[1]))[:3]
+    off = {n: seconds_of(row, card)*1000/row["measured_ms"] - 1 for n, row in rows.items()}
+    assert len(off) >= least and max(map(abs, off.values())) < .25, sorted(off.items(), key=lambda item: -abs(item[1]))[:3]
