@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['DERIVED', 'PAIRED', 'KEPT', 'groups_of', 'SplitData', 'split_records', 'split_data', 'load_split', 'caption_scores',
-           'answer_scores', 'gallery_scores', 'read_split', 'scored', 'evaluate', 'run_seed', 'split_metrics',
-           'combine', 'side_by_side', 'run_experiment', 'run_trial']
+           'answer_scores', 'gallery_ranks', 'read_split', 'scored', 'evaluate', 'run_seed', 'split_metrics', 'combine',
+           'side_by_side', 'run_experiment', 'run_trial']
 
 # %% ../nbs/12a_runs.ipynb #cda98272
 import os, time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -30,7 +29,7 @@ from .cost import cost_of
 from .frames import set_name
 from .ledger import free_memory
 from .metrics import caption_metrics, exact_match, ranks, slot_scores, summarize, vqa_accuracy
-from .predict import score_captions, score_galleries, write_answers
+from .predict import read_clips
 from .ranks import audit
 from .scenes import TRANSIENT, slots_of
 from .tasks import asked_of
@@ -110,26 +109,24 @@ def answer_scores(written:list[str], answers:list[str]) -> tuple[dict, dict]:
     return {"exact": exact_match(written, answers), "vqa": vqa_accuracy(written, [[a] for a in answers])}, {}
 
 # %% ../nbs/12a_runs.ipynb #cbea3c7b
-def gallery_scores(model, tokenizer, data:SplitData, signals) -> dict:
-    "rank_v2t and rank_t2v, (N,): of the true caption of each clip in its gallery, and of the clip; and its loss. nan for a clip that is in none."
-    sizes, galleries = Counter(data.galleries), np.array(data.galleries, object)
-    found = {name: np.full(len(galleries), np.nan) for name in ("rank_v2t", "rank_t2v", "loss")}
-    for size in sorted({n for g, n in sizes.items() if g is not None}):
-        rows = np.array([i for g in dict.fromkeys(data.galleries) if g is not None and sizes[g] == size for i in np.flatnonzero(galleries == g)])
-        at = torch.from_numpy(rows)
-        scores = score_galleries(model, tokenizer, data.clips[at], [data.captions[i] for i in rows], list(galleries[rows]), signals[at]).numpy()
-        for name, values in zip(found, (ranks(scores, 2), ranks(scores, 1), -scores.diagonal(0, 1, 2))): found[name][rows] = values.ravel()
-    return found if len(sizes) > (None in sizes) else {}
+def gallery_ranks(galleries:list[list[int]], scores:list, clips:int) -> dict:
+    "rank_v2t and rank_t2v, (clips,): of the true caption of each clip in its gallery, and of the clip; nan for a clip that is in none. {} without galleries."
+    found = {name: np.full(clips, np.nan) for name in ("rank_v2t", "rank_t2v")}
+    for rows in galleries:
+        square = np.stack([scores[i] for i in rows])[None]
+        for axis, name in zip((2, 1), found): found[name][rows] = ranks(square, axis)[0]
+    return found if galleries else {}
 
 def read_split(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple[dict, dict, list[str]]:
     "What only the model can tell: the loss of the true captions, ranks within galleries if asked, the captions it writes."
-    written = write_answers(model, tokenizer, data.clips, data.prompts, signals)
-    read = gallery_scores(model, tokenizer, data, signals) if retrieval and data.prompts is None else {}
-    left = np.flatnonzero(np.isnan(read.setdefault("loss", np.full(len(data.clips), np.nan))))       # a gallery has told the others' loss
-    if len(left):
-        at, prompts = torch.from_numpy(left), data.prompts and [data.prompts[i] for i in left]
-        read["loss"][left] = -score_captions(model, tokenizer, data.clips[at], [data.captions[i] for i in left], signals[at], prompts=prompts).numpy()
-    return read, {}, written
+    groups, choices = {}, [[i] for i in range(len(data.clips))]                  # the captions that are scored: its own, or those of its gallery
+    for i, g in enumerate(data.galleries if retrieval and data.prompts is None else []):
+        if g is None: continue
+        choices[i] = groups.setdefault(g, [])
+        choices[i].append(i)
+    written, scores = read_clips(model, tokenizer, data.clips, data.captions, choices, signals, data.prompts)
+    loss = [-float(some[rows.index(i)]) for i, (some, rows) in enumerate(zip(scores, choices))]
+    return gallery_ranks(list(groups.values()), scores, len(loss)) | {"loss": np.array(loss)}, {}, written
 
 def scored(read:tuple, captions:list, asked:bool=False) -> tuple[dict, dict, list[str]]:
     "(per clip, whole set, captions written): what `read_split` returned, with the scores of its captions (or answers) added."
