@@ -62,8 +62,7 @@ class MasterAdamW(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             trained = [p for p in group["params"] if p.grad is not None]
             wide = [p for p in trained if p.dtype == torch.float32]
-            states = [self._state(p) for p in wide]
-            if wide: _adamw(group, wide, [p.grad for p in wide], *([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq", "step")))
+            if wide: _adamw(group, wide, [p.grad for p in wide], *([self._state(p)[k] for p in wide] for k in ("exp_avg", "exp_avg_sq", "step")))
             for run in self._of(i, [p for p in trained if p.dtype != torch.float32]):
                 _adamw(group, [run.flat["master"]], [run.wide()], [run.flat["exp_avg"]], [run.flat["exp_avg_sq"]], [run.step])
                 torch._foreach_copy_(run.params, run.masters)

@@ -82,8 +82,7 @@ class Layout:
         if times not in self.cache:
             signal = self.signal if times == 1 else torch.cat([s for s in self.signal.split(self.frames) for _ in range(times)])
             frames = [n for n in self.frames for _ in range(times)]
-            rows = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config))
-            self.cache[times] = rows.to(self.device or rows.device)
+            self.cache[times] = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config)).to(self.device or signal.device)
         return self.cache[times]
 
 # %% ../nbs/08_temporal.ipynb #66d77564
