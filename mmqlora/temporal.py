@@ -82,8 +82,7 @@ class Layout:
         if times not in self.cache:
             signal = self.signal if times == 1 else torch.cat([s for s in self.signal.split(self.frames) for _ in range(times)])
             frames = [n for n in self.frames for _ in range(times)]
-            rows = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config))
-            self.cache[times] = rows.to(self.device or rows.device)
+            self.cache[times] = unit_features(signal, frames, self.visual(times).units, self.family.per_unit(self.config)).to(self.device or signal.device)
         return self.cache[times]
 
 # %% ../nbs/08_temporal.ipynb #66d77564
@@ -184,19 +183,19 @@ def _table(state, adapter:str, variant, values) -> tuple:
     with keep: table = values(units, stacked([m.lora_gate[adapter] for m in layers]), layers)
     return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
 
-# %% ../nbs/08_temporal.ipynb #e8bee12f
+# %% ../nbs/08_temporal.ipynb #547cf209
 def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
 
 class _Stack(torch.autograd.Function):
     "`torch.cat` of many small matrices, whose gradient is cut in one operation."
     @staticmethod
-    def forward(ctx, *rows):
-        ctx.sizes = [len(r) for r in rows]
+    def forward(ctx, sizes, *rows):
+        ctx.sizes = sizes
         return torch.cat(rows)
     @staticmethod
-    def backward(ctx, d): return d.split(ctx.sizes)
+    def backward(ctx, d): return None, *d.split(ctx.sizes)
 
-def stacked(rows) -> torch.Tensor: return _Stack.apply(*rows)
+def stacked(rows, sizes=None) -> torch.Tensor: return _Stack.apply(sizes or [len(r) for r in rows], *rows)
 
 def _cached(state, adapter:str, make):
     key = make, adapter, torch.is_grad_enabled(), torch.is_autocast_enabled()
@@ -213,7 +212,7 @@ def _columns(state, adapter:str) -> tuple:
     layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), lambda rows, weight, _: gate_values(rows, weight))
     return dict(zip(layers, table.split(_widths(layers, adapter), 1))), pick
 
-# %% ../nbs/08_temporal.ipynb #9447d8f5
+# %% ../nbs/08_temporal.ipynb #d84e9476
 class _Squash(torch.autograd.Function):
     "(1 + tanh(p)) times `scale`; takes the gradient that a gate times itself gets."
     @staticmethod
@@ -236,7 +235,7 @@ def _folded(scale:float) -> float:
     "alpha / r, if a product with it may be taken anywhere: a power of two costs no bit. Else 1."
     return scale if math.frexp(scale)[0] == .5 else 1.
 
-# %% ../nbs/08_temporal.ipynb #8155b68d
+# %% ../nbs/08_temporal.ipynb #3da9493f
 class TokenGates:
     "The gates of each token times alpha / r, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
     def __init__(self, state, adapter:str):
@@ -261,7 +260,7 @@ class TokenGates:
 
 def variant_of(state, adapter:str): return next(v for m in state.layers if m.space == "token" and isinstance(v := m.lora_variant.get(adapter), GateVariant))
 
-# %% ../nbs/08_temporal.ipynb #baf48e53
+# %% ../nbs/08_temporal.ipynb #ebbb9628
 def _updated(result, low, B, scale:float, narrow:bool):
     update = F.linear(low, B)
     if scale != 1: update = update.mul_(scale)
@@ -288,7 +287,7 @@ class GatedUpdate(torch.autograd.Function):
         dlow.view_as(s).mul_(gate)
         return (dlow @ A).view_as(x) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, s.sum_to_size(gate.shape), None, None, None
 
-# %% ../nbs/08_temporal.ipynb #e66a524c
+# %% ../nbs/08_temporal.ipynb #7b72fc94
 class WeighedUpdate(torch.autograd.Function):
     "result + scale x A' B'; what its gradient teaches A and B is multiplied by `gate`, and x gets its true one."
     @staticmethod
@@ -337,7 +336,7 @@ class GateVariant(LoraVariant):
         update = update*module.scaling[active_adapter]
         return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
 
-# %% ../nbs/08_temporal.ipynb #e2ee235f
+# %% ../nbs/08_temporal.ipynb #66886b71
 def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
     "`forward` as one operation of autograd; None where it has to be several."
     if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
