@@ -9,6 +9,7 @@ __all__ = ['STANDARD', 'dense', 'Lin', 'Group', 'project', 'raised', 'weigh', 'l
 
 # %% ../nbs/09b_blocks.ipynb #ecb8204b
 from dataclasses import dataclass, field
+from functools import cache
 from types import MethodType
 
 import torch
@@ -87,7 +88,7 @@ def raised(dys, group:Group) -> torch.Tensor:
         if lin.A is not None: up[:, place].addmm_(dy, lin.B.to(dy.dtype), beta=0, alpha=lin.scale)
     return up
 
-# %% ../nbs/09b_blocks.ipynb #bfd23539
+# %% ../nbs/09b_blocks.ipynb #d0a7e234
 def weigh(dys, dx, group:Group, gate=None) -> tuple:
     "(scale * dy B, the same times the gate); dx of the adapters is added to `dx`."
     up = raised(dys, group)
@@ -278,13 +279,12 @@ class Plan:
     state: object = None                  # The `FrameState` of temporal gates
     gated: list = field(default_factory=list)             # The halves of layers that have such gates
     gates: object = None                  # `Gates` of the present batch
-    columns: tuple | None = None          # `gate_columns`
+    columns: tuple | None = None          # (gate parameters, how many rows each has, the row of each direction; None: in order)
     which: torch.Tensor | None = None     # Its rows, on the device
     record: bool = False                  # Launch each half as a CUDA graph
     graphs: dict = field(default_factory=dict)
     buffers: dict = field(default_factory=dict)           # shape -> what the graphs of that shape read and write
     pool: object = None                   # The memory they share
-    side: object = None                   # The stream on which they are recorded
 
     def begin(self):
         "A new forward pass: nothing is kept yet, and the buffers of graphs hold the positions of another one."
@@ -354,7 +354,7 @@ class Gates:
         rows = self.table[:, half.columns].index_select(0, self.index if part is None else self.index[part])
         return rows, rows.split(half.widths, 1)
 
-# %% ../nbs/09b_blocks.ipynb #ad3fc886
+# %% ../nbs/09b_blocks.ipynb #c08664ca
 def _hold(self:Gates, tokens): self.tokens, self.slices = tokens, tokens.split(self.widths, 1)
 
 def _add(self:Gates, half, rows, part=None):
@@ -392,12 +392,13 @@ def gate_logits(plan:Plan, units) -> torch.Tensor:
     "p of every direction of every adapter (units + 1, W), in the order of layers; of gates that weigh gradients, the only one."
     if not plan.gated[0].learned: return F.linear(units.float(), slopes(units, plan.gated[0].variant).float())
     if plan.columns is None:
-        plan.columns = gate_columns(plan.gated)
+        weights, rows = gate_columns(plan.gated)
+        plan.columns = weights, [len(w) for w in weights], None if rows == list(range(len(rows))) else rows
         first = 0
         for i, half in enumerate(plan.gated): half.number, first = 2*i, half.place(first)
-    weights, rows = plan.columns
-    logits = F.linear(units.float(), stacked(weights).float())
-    if rows == list(range(logits.shape[1])): return logits
+    weights, sizes, rows = plan.columns
+    logits = F.linear(units.float(), stacked(weights, sizes).float())
+    if rows is None: return logits
     if plan.which is None or plan.which.device != units.device: plan.which = torch.tensor(rows, device=units.device) % (logits.shape[1] + 1)
     return F.pad(logits, (0, 1)).index_select(1, plan.which)            # the last column: adapters without a gate, and p = 0
 
@@ -516,7 +517,7 @@ class HalfFunction(torch.autograd.Function):
         else: dh, *grads = ctx.half.back(dout, h, cos, sin, ctx.spans, ctx.gates, ctx.kept)
         return dh, None, None, None, None, ctx.gates.gradient() if ctx.needs_input_grad[5] else None, *grads
 
-# %% ../nbs/09b_blocks.ipynb #e668c164
+# %% ../nbs/09b_blocks.ipynb #dc63b830
 class Buffers:
     "What the graphs of one shape read and write."
     def __init__(self, h, cos, sin, gates:Gates):
@@ -582,10 +583,13 @@ class Again:
         new = self.work()
         if new is not None: self.result.copy_(new)
 
+@cache
+def _recorder(): return torch.cuda.Stream()                            # one for all models: the matrix library keeps a workspace for every stream it has seen
+
 def _capture(plan:Plan, work) -> tuple:
     "Record `work()`, after two runs of it on another stream: (graph, result)."
     if not torch.cuda.is_available(): return (again := Again(work)), again.result
-    side = plan.side = plan.side or torch.cuda.Stream()                # one: the matrix library keeps a workspace for every stream it has seen
+    side = _recorder()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2): work()
@@ -599,14 +603,15 @@ def _capture(plan:Plan, work) -> tuple:
     torch.cuda.current_stream().wait_stream(side)
     return graph, result
 
-# %% ../nbs/09b_blocks.ipynb #e9141c07
+# %% ../nbs/09b_blocks.ipynb #1be153a7
 class Imagined:
-    "What stands for a graph where nothing runs: the planner's ledger sees the work, which the host does not launch."
+    "What stands for a graph where nothing runs: the planner's ledger sees the work, which the host does not launch, in memory of its own."
     def __init__(self, half, spans):
         self.half, self.spans = half, spans
         self.ledgers = [m for m in _get_current_dispatch_mode_stack() if hasattr(m, "recording")]
-    def run(self, h, cos, sin, gates): return self._aside(lambda: self.half.run(h.detach(), cos, sin, self.spans, gates)[0])
-    def back(self, dout, h, cos, sin, gates): return self._aside(lambda: self.half.back(dout, h, cos, sin, self.spans, gates, None))
+    def run(self, h, cos, sin, gates): return self._aside(lambda: self.half.run(h.detach(), cos, sin, self.spans, gates)[0]).clone()
+    def back(self, dout, h, cos, sin, gates):
+        return tuple(None if g is None else g.clone() for g in self._aside(lambda: self.half.back(dout, h, cos, sin, self.spans, gates, None)))
     def _aside(self, work):
         for ledger in self.ledgers: ledger.recording = True
         try: return work()

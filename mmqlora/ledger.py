@@ -54,19 +54,8 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.imagined, self.live, self.elsewhere = imagined, {}, set()
         self.now = self.peak = self.flops = self.moved = self.launches = self.calls = 0
-        self.recording = False                                         # a CUDA graph: kernels that the host launches together
+        self.recording, self.pool, self.aside = False, 0, set()       # a CUDA graph: kernels that the host launches together, in memory of their own
         self.when = ""                                                 # the operation at the peak
-
-    def see(self, tensor):
-        if not torch.is_tensor(tensor) or tensor.is_meta != self.imagined: return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.live or key in self.elsewhere: return
-        self.live[key] = _blocks(storage.nbytes())
-        self.now += self.live[key]
-        weakref.finalize(storage, self.free, key).atexit = False
-
-    def free(self, key): self.now -= self.live.pop(key, 0)
 
     def note(self, scratch:int=0, when:str=""):
         if self.now + scratch > self.peak: self.peak, self.when = self.now + scratch, when
@@ -91,7 +80,22 @@ def _count(self:Ledger, func, args, kwargs, out, tensors):
     if formula: self.flops += formula(*args, **kwargs, out_val=out)
     self.note(_scratch(func, args) if self.imagined else 0, str(func))
 
-Ledger.count = _count
+def _see(self:Ledger, tensor):
+    if not torch.is_tensor(tensor) or tensor.is_meta != self.imagined: return
+    storage = tensor.untyped_storage()
+    key = storage._cdata
+    if key in self.live or key in self.elsewhere: return
+    self.live[key] = _blocks(storage.nbytes())
+    if self.recording: self.aside.add(key); self.pool = max(self.pool, sum(self.live[k] for k in self.aside))
+    else: self.now += self.live[key]
+    weakref.finalize(storage, self.free, key).atexit = False
+
+def _free(self:Ledger, key):
+    size = self.live.pop(key, 0)
+    if key in self.aside: self.aside.remove(key)
+    else: self.now -= size
+
+Ledger.count, Ledger.see, Ledger.free = _count, _see, _free
 
 # %% ../nbs/08g_ledger.ipynb #180589b8
 def _real(t) -> bool: return torch.is_tensor(t) and not t.is_meta
@@ -195,7 +199,7 @@ class imagined:
     def swap(self):
         for t, twin in zip(self.tensors, self.twins): torch.utils.swap_tensors(t, twin)
 
-# %% ../nbs/08g_ledger.ipynb #e5216eb9
+# %% ../nbs/08g_ledger.ipynb #dc382ed1
 WIDENED = 2**24                       # numbers of 16-bit gradients that an optimizer step widens at once
 
 def step_bytes(narrow:int) -> int:

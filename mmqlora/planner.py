@@ -50,7 +50,8 @@ class Prediction:
     tokens: int                      # Of the language model's input
     resident: int                    # Weights and adapters
     optimizer: int                   # Moments and masters
-    peak: int                        # Of the whole step
+    peak: int                        # Of the whole step, as PyTorch reports it: without the pool of CUDA graphs
+    pool: int                        # What CUDA graphs work in
     flops: int
     moved: int                       # Bytes read and written by operations
     launches: int                    # Kernels
@@ -94,15 +95,16 @@ def predict(model, setting:Setting=Setting()) -> Prediction:
             loss(batch).backward()
             peak = max(c.peak, c.now + update)
         del moments, inputs
-        if setting.way == "ours_graphs": peak += graph_bytes(imagined, batch["input_ids"].numel())
-    return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.flops, c.moved, c.launches, c.calls)
+        if setting.way == "ours_graphs":                                # the step that records runs without graphs, before there are moments
+            peak = max(peak, peak - state + c.pool) + graph_bytes(imagined, batch["input_ids"].numel())
+    return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.pool, c.flops, c.moved, c.launches, c.calls)
 
 def _imagined(config, setting:Setting):
     if setting.gate == "none": return build_model(config, "meta", rank=setting.rank, quantization=setting.quantization)
     return method_model(config, "qlora", "meta", rank=setting.rank, gate=setting.gate, dtype=torch.bfloat16, quantization=setting.quantization)
 
 def graph_bytes(model, tokens:int) -> int:
-    "What CUDA graphs hold beside a step without them: gradients and activations at fixed addresses, and the workspaces of the stream on which they are recorded."
+    "What CUDA graphs hold beside a step without them: gradients and activations at fixed addresses, and the workspace of the stream on which they are recorded."
     config = model.config.get_text_config()
     return sum(p.numel()*p.element_size() for p in model.parameters() if p.requires_grad) + 2*tokens*(3*config.hidden_size + 256) + WORKSPACE//4
 

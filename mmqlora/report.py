@@ -404,13 +404,13 @@ def planner_delays(e:Evidence, way:str="/ours") -> np.ndarray:
 # %% ../nbs/14a_report.ipynb #a7e4aa49
 def gate_macros(e:Evidence) -> dict:
     "eff.gate.<way>.<gate>: time it adds; eff.gate.memory; eff.two.<way>.<ms, gib> of the small model."
-    out = {}
-    gates = {}
+    out, gates = {}, {}
     for c in _of_kind(e, "gates"): gates.setdefault(c["way"], {}).update(c["steps"])          # later leases count
     for way in ("ours", "ours_graphs", "stock_labels"):
         for gate in ("scalar", "rank", "time", "gradient"):
             c = gates.get(way, {}).get(gate, {})
             out[f"eff.gate.{way}.{gate}"] = percent(c["time_ratio"] - 1 if c else None)
+            out[f"eff.gate.{way}.{gate}.fast"] = percent(c["fast_ratio"] - 1 if "fast_ratio" in c else None)
     plain, gated = ([c for c in _of_kind(e, "method") if c["method"] == "qlora" and c["gate"] == g] for g in ("none", "rank"))
     out["eff.gate.memory"] = f"{number(100*(gated[0]['peak_bytes']/plain[0]['peak_bytes'] - 1), 2)}" + r"\,\%" if plain and gated else "n/a"
     steps = {c.get("way", "liger"): c for c in _of_kind(e, "repeat", "liger") if c["model"] == "qwen2-vl-2b"}
@@ -713,8 +713,8 @@ def _or_none(rows:list, columns:str, header:list) -> str: return tabular(columns
 
 def gatecost_table(e:Evidence) -> str:
     "A step with each kind of gate over one of plain QLoRA, in time and peak."
-    def row(c, gate): return [run_name(c["way"]), "none" if gate == "none" else gate, count(c["steps"][gate]["step_ms"]), *(number(c["steps"][gate][k], 3) for k in ("time_ratio", "memory_ratio"))]
-    return _or_none([row(c, gate) for c in _of_kind(e, "gates") for gate in c["steps"]], "llrrr", ["Step", "Gate", "ms/step", "Time", "Peak"])
+    def row(c, gate): return [run_name(c["way"]), "none" if gate == "none" else gate, count(c["steps"][gate]["step_ms"]), *(number(c["steps"][gate].get(k), 3) for k in ("time_ratio", "fast_ratio", "memory_ratio"))]
+    return _or_none([row(c, gate) for c in _of_kind(e, "gates") for gate in c["steps"]], "llrrrr", ["Step", "Gate", "ms/step", "Time", "Fastest", "Peak"])
 
 def methodsteps_table(e:Evidence) -> str:
     "A step of each method on the same 4-bit model; and of one lease, stock, with Liger's kernels, and ours, eager and as CUDA graphs."

@@ -49,13 +49,6 @@ class MasterAdamW(torch.optim.Optimizer):
             if p.dtype != torch.float32: state["master"] = p.detach().float().contiguous()
         return state
 
-    def _of(self, i:int, params) -> list[Run]:
-        ids = [id(p) for p in params]
-        if self.runs.get(i, (None,))[0] != ids:
-            for p in params: self._state(p)
-            self.runs[i] = ids, _runs(params, self.state)
-        return self.runs[i][1]
-
     @torch.no_grad()
     def step(self, closure=None):
         loss = closure() if closure else None
@@ -68,12 +61,19 @@ class MasterAdamW(torch.optim.Optimizer):
                 torch._foreach_copy_(run.params, run.masters)
         return loss
 
-# %% ../nbs/08h_steps.ipynb #2a3c643f
+# %% ../nbs/08h_steps.ipynb #7ec6b7a3
 def _adamw(group, params, grads, first, second, steps):
     adamw(params, grads, first, second, [], steps, fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
           weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
 
-# %% ../nbs/08h_steps.ipynb #c12d7bed
+# %% ../nbs/08h_steps.ipynb #13ec6ab9
+def _of(self:MasterAdamW, i:int, params) -> list[Run]:
+    ids = [id(p) for p in params]
+    if self.runs.get(i, (None,))[0] != ids:
+        for p in params: self._state(p)
+        self.runs[i] = ids, _runs(params, self.state)
+    return self.runs[i][1]
+
 def _state_dict(self:MasterAdamW):
     "Parameters of a run count their steps together; here each has a count of its own."
     told = super(MasterAdamW, self).state_dict()
@@ -84,7 +84,7 @@ def _load_state_dict(self:MasterAdamW, state_dict):
     params, self.runs = [p for group in self.param_groups for p in group["params"]], {}
     for i, slot in state_dict["state"].items(): self.state[params[int(i)]] = {k: v.to(params[int(i)].device).clone() for k, v in slot.items()}
 
-MasterAdamW.state_dict, MasterAdamW.load_state_dict = _state_dict, _load_state_dict
+MasterAdamW._of, MasterAdamW.state_dict, MasterAdamW.load_state_dict = _of, _state_dict, _load_state_dict
 
 # %% ../nbs/08h_steps.ipynb #7fa0cf03
 def rows_of(batch:dict, first:int, last:int) -> dict:

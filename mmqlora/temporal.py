@@ -183,19 +183,19 @@ def _table(state, adapter:str, variant, values) -> tuple:
     with keep: table = values(units, stacked([m.lora_gate[adapter] for m in layers]), layers)
     return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
 
-# %% ../nbs/08_temporal.ipynb #e8bee12f
+# %% ../nbs/08_temporal.ipynb #1a926071
 def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
 
 class _Stack(torch.autograd.Function):
     "`torch.cat` of many small matrices, whose gradient is cut in one operation."
     @staticmethod
-    def forward(ctx, *rows):
-        ctx.sizes = [len(r) for r in rows]
+    def forward(ctx, sizes, *rows):
+        ctx.sizes = sizes
         return torch.cat(rows)
     @staticmethod
-    def backward(ctx, d): return d.split(ctx.sizes)
+    def backward(ctx, d): return None, *d.split(ctx.sizes)
 
-def stacked(rows) -> torch.Tensor: return _Stack.apply(*rows)
+def stacked(rows, sizes=None) -> torch.Tensor: return _Stack.apply(sizes or [len(r) for r in rows], *rows)
 
 def _cached(state, adapter:str, make):
     key = make, adapter, torch.is_grad_enabled(), torch.is_autocast_enabled()
@@ -212,7 +212,7 @@ def _columns(state, adapter:str) -> tuple:
     layers, table, pick, _ = _table(state, adapter, variant_of(state, adapter), lambda rows, weight, _: gate_values(rows, weight))
     return dict(zip(layers, table.split(_widths(layers, adapter), 1))), pick
 
-# %% ../nbs/08_temporal.ipynb #9447d8f5
+# %% ../nbs/08_temporal.ipynb #a77a82e0
 class _Squash(torch.autograd.Function):
     "(1 + tanh(p)) times `scale`; takes the gradient that a gate times itself gets."
     @staticmethod
@@ -235,7 +235,7 @@ def _folded(scale:float) -> float:
     "alpha / r, if a product with it may be taken anywhere: a power of two costs no bit. Else 1."
     return scale if math.frexp(scale)[0] == .5 else 1.
 
-# %% ../nbs/08_temporal.ipynb #8155b68d
+# %% ../nbs/08_temporal.ipynb #df8c1f77
 class TokenGates:
     "The gates of each token times alpha / r, gathered for the linears of one block at a time, which run one after the other; each is then a slice."
     def __init__(self, state, adapter:str):
@@ -260,7 +260,7 @@ class TokenGates:
 
 def variant_of(state, adapter:str): return next(v for m in state.layers if m.space == "token" and isinstance(v := m.lora_variant.get(adapter), GateVariant))
 
-# %% ../nbs/08_temporal.ipynb #baf48e53
+# %% ../nbs/08_temporal.ipynb #538d9af5
 def _updated(result, low, B, scale:float, narrow:bool):
     update = F.linear(low, B)
     if scale != 1: update = update.mul_(scale)
@@ -287,7 +287,7 @@ class GatedUpdate(torch.autograd.Function):
         dlow.view_as(s).mul_(gate)
         return (dlow @ A).view_as(x) if ctx.needs_input_grad[0] else None, d.to(dtype), dlow.t() @ flat, dy.t() @ low, s.sum_to_size(gate.shape), None, None, None
 
-# %% ../nbs/08_temporal.ipynb #e66a524c
+# %% ../nbs/08_temporal.ipynb #94d5ce5e
 class WeighedUpdate(torch.autograd.Function):
     "result + scale x A' B'; what its gradient teaches A and B is multiplied by `gate`, and x gets its true one."
     @staticmethod
@@ -336,12 +336,12 @@ class GateVariant(LoraVariant):
         update = update*module.scaling[active_adapter]
         return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
 
-# %% ../nbs/08_temporal.ipynb #e2ee235f
+# %% ../nbs/08_temporal.ipynb #4baae5e9
 def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
     "`forward` as one operation of autograd; None where it has to be several."
     if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
     a, b = module.lora_A[adapter], module.lora_B[adapter]
-    if a._forward_hooks or b._forward_hooks or a.bias is not None or b.bias is not None or type(module.lora_dropout[adapter]) is not nn.Identity: return None
+    if any(m._forward_hooks or m._forward_pre_hooks or m.bias is not None for m in (a, b)) or type(module.lora_dropout[adapter]) is not nn.Identity: return None
     last = a.weight, b.weight
     if self.kind == "gradient":
         gate, inverse = self.weights(module, x)
@@ -567,12 +567,10 @@ def wire_gates(
 # %% ../nbs/08_temporal.ipynb #50492cce
 def set_frame_signals(model, signal, frames=None):
     "Give the gates of `model` the signals of the next batch: (B, K, C or more), of which `frames` (B,) are real, or a list of (K_b, C or more). They see the first C; a model without gates ignores them."
-    if not any(isinstance(c, TemporalLoraConfig) for c in getattr(model, "peft_config", {}).values()): return      # every step asks
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    state = base.__dict__.get("_frame_state") or next((m.frame_state for m in model.modules() if isinstance(m, Gated) and m.frame_state is not None), None)
-    if state is None: return                                             # one state serves all layers
-    like = next(iter(state.layers[0].lora_A.values())).weight
-    c = next(c.signals for c in model.peft_config.values() if isinstance(c, TemporalLoraConfig))
+    counts = [c.signals for c in getattr(model, "peft_config", {}).values() if isinstance(c, TemporalLoraConfig)]
+    state = model.get_base_model().__dict__.get("_frame_state") if counts else None
+    if state is None or not state.layers: return                         # one state serves all layers
+    like, c = next(iter(state.layers[0].lora_A.values())).weight, counts[0]
     state.set([s[..., :c].to(like.dtype) for s in signal] if isinstance(signal, (list, tuple)) else signal[..., :c].to(like.dtype), frames, like.device)
 
 def standardized(model, signal:torch.Tensor) -> torch.Tensor:
