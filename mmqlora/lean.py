@@ -228,7 +228,7 @@ class _Seeing:
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
         towers, flat = [*self.vision_model.parameters(), *self.connector.parameters()], pixel_values.flatten(0, 1)
         real = flat.flatten(1).any(1)                                  # zeros are padding
-        if pixel_attention_mask is not None or not kwargs.get("return_dict") or flat.device.type != "cpu" or not real.any() or any(p.requires_grad for p in towers):
+        if pixel_attention_mask is not None or not kwargs.get("return_dict") or any(t.device.type != "cpu" or t.requires_grad for t in (flat, *towers)) or not real.any():
             return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)
         versions = [p._version for p in towers]
         if self.__dict__.get("seen", (None,))[0] != versions: self.seen = versions, _seen_by(self)

@@ -201,7 +201,7 @@ def test_the_stages_themselves_run_on_an_imported_corpus(tmp_path, clips):
         return done.stdout
     cli = (sys.executable, "-c", "from mmqlora.cli import main; main()")
     assert "6 of 6 clips" in ran(*cli, "import", "msrvtt", "--annotations", tmp_path/"annotations", "--videos", videos)
-    make_base(clone/"models/base", words_of(read_records(clone/"data/msrvtt")))
+    for base in ("base", "base-small", "base-large"): make_base(clone/"models"/base, words_of(read_records(clone/"data/msrvtt")))      # deps of every run
     ran("git", "init", "-q"); ran("dvc", "init", "-q"); ran("dvc", "add", "-q", "data")
     ran("dvc", "repro", "-q", "finetune@qlora")
     record = read_json(clone/"results/here/qlora.json")
