@@ -56,7 +56,7 @@ class Lin:
 class Group:
     "Linears that read the same input."
     def __init__(self, lins:list[Lin]):
-        self.lins, self.ranks, at = lins, [0 if lin.A is None else len(lin.A) for lin in lins], 0
+        self.lins, self.ranks = lins, [0 if lin.A is None else len(lin.A) for lin in lins]
         self.width, self.learned = sum(self.ranks), any(lin.gate is not None for lin in lins)
         self.places = [slice(sum(self.ranks[:i]), sum(self.ranks[:i + 1])) for i in range(len(lins))]
 

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'FAST', 'MODES', 'FAMILIES', 'CARD', 'ABILITIES', 'TASKS', 'base_chunk', 'render_base', 'tasks_of',
            'base_tasks', 'patch_features', 'causal_hidden', 'static_logits', 'draw_mode', 'draw_frames',
            'learning_rate', 'Table', 'task_tables', 'Stepper', 'TaskStepper', 'run_step', 'pretrain', 'greedy',
-           'exact_by_kind', 'held_out_scores', 'model_card', 'provenance', 'rendered', 'pretrain_on', 'pretrain_base']
+           'exact_by_kind', 'held_out_scores', 'model_card', 'provenance', 'rendered', 'pretrain_on']
 
 # %% ../nbs/09a_pretrain.ipynb #4f75a69e
 import datetime, tempfile, time
@@ -387,6 +387,3 @@ def pretrain_on(clips:tuple, config:PretrainConfig, out, command:str, commit:str
     write_text(Path(out)/"README.md", model_card(log, len(words)))
     return log
 
-def pretrain_base(config:PretrainConfig, out, command:str, commit:str="", workers:int|None=None, report:int=500) -> dict:
-    "Render base clips and `pretrain_on` them."
-    with rendered(config, workers) as clips: return pretrain_on(clips, config, out, command, commit, report)

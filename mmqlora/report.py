@@ -6,18 +6,19 @@
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'GPU_GROUPS',
            'GPU_PLAN', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'EXPECTED', 'DIMINISH', 'DATA_LAW', 'AXES', 'LOSSES',
            'SHORT', 'LEAN', 'CALIBRATED', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
-           'load_results', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text',
-           'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'expected', 'outcome', 'survives', 'outcomes',
-           'metric_macros', 'cost_macros', 'diff_macros', 'claim_macros', 'ood_macros', 'about_macros', 'everywhere',
-           'laws', 'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors', 'planner_delays',
-           'gate_macros', 'efficiency_macros', 'names_of', 'gpu_macros', 'by_corruption', 'beyond_macros', 'merged',
-           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
-           'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
-           'outcomes_table', 'audit_table', 'corpus_table', 'abilities_table', 'processor_table', 'rates_table',
-           'efficiency_table', 'levers_table', 'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table',
-           'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table', 'tuned', 'hyper_sections',
-           'hyper_table', 'provenance_table', 'laws_table', 'errors_table', 'examples_table', 'all_laws_figure',
-           'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
+           'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'expected', 'outcome', 'survives',
+           'outcomes', 'metric_macros', 'cost_macros', 'diff_macros', 'claim_macros', 'ood_macros', 'about_macros',
+           'everywhere', 'laws', 'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors',
+           'planner_delays', 'gate_macros', 'efficiency_macros', 'names_of', 'gpu_macros', 'by_corruption',
+           'beyond_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
+           'gates_table', 'ranks_table', 'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table',
+           'significance_table', 'outcomes_table', 'audit_table', 'corpus_table', 'abilities_table', 'processor_table',
+           'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table', 'methodsteps_table',
+           'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table',
+           'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table', 'errors_table', 'examples_table',
+           'all_laws_figure', 'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report',
+           'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -31,7 +32,7 @@ import numpy as np
 
 from .config import Params, load_params, run_config, under
 from .core import InputError, content_hash, read_json, repo_path, write_text
-from .figures import (BASELINES, BIG, COLUMN, FEW, FEWEST, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, canvas, contact_figure, effective_ranks, gallery_figure, gatemap_figure, spectra_figure,
+from .figures import (BASELINES, BIG, FEW, FEWEST, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, contact_figure, effective_ranks, gallery_figure, gatemap_figure, spectra_figure,
                              differing, efficiency_figure, gates_figure, kib, laws_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import KINDS, error_counts
@@ -86,8 +87,8 @@ def load_results(tier:str, params:Params|None=None, folder="results") -> dict:
 
 # %% ../nbs/14a_report.ipynb #20ebee33
 @dataclass
-class Evidence:
-    "Everything that the report is made of."
+class Files:
+    "What the report reads."
     tier: str
     params: Params
     records: dict                                     # run -> result record
@@ -102,6 +103,10 @@ class Evidence:
     cpu: dict                                         # results/benchmarks/cpu.json
     sizes: dict                                       # models/<base> -> parameters of the bases that runs name
     draws: int = 200                                  # Bootstrap laws
+
+# %% ../nbs/14a_report.ipynb #5b20d6fe
+class Evidence(Files):
+    "Everything that the report is made of: what it reads, and what follows from that, computed once."
     @property
     def tiers(self) -> dict:
         "tier -> its records: our own, then the tier gpu, if it has the reference run."
@@ -110,6 +115,10 @@ class Evidence:
     def tested(self) -> dict:
         "tier -> its planned comparisons."
         return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED)}
+    @cached_property
+    def outcomes(self) -> dict:
+        "tier -> what became of its claims."
+        return {tier: outcomes(records, self.tested[tier]) for tier, records in ((self.tier, self.records), ("gpu", self.gpu))}
     @cached_property
     def laws(self) -> dict:
         "tier -> {name: its law}."
@@ -297,8 +306,8 @@ def diff_macros(rows:list[dict]) -> dict:
 def claim_macros(e:Evidence) -> dict:
     "claim.<claim>.<own, gpu>: how many of its comparisons came out as claimed, and how many against it."
     out = {}
-    for name, (tier, records) in zip(("own", "gpu"), ((e.tier, e.records), ("gpu", e.gpu))):
-        for claim, n in outcomes(records, e.tested[tier]).items(): out[f"claim.{claim}.{name}"] = f"{n['as claimed']} of {n.total()} as claimed, {n['against'] or 'none'} against"
+    for name, found in zip(("own", "gpu"), e.outcomes.values()):
+        for claim, n in found.items(): out[f"claim.{claim}.{name}"] = f"{n['as claimed']} of {n.total()} as claimed, {n['against'] or 'none'} against"
     return {f"claim.{c}.{name}": "none made" for c in (*PLANNED, *GPU_PLANNED, "C7") for name in ("own", "gpu")} | out
 
 # %% ../nbs/14a_report.ipynb #f2607b30
@@ -633,8 +642,7 @@ def significance_table(e:Evidence) -> str:
 
 def outcomes_table(e:Evidence) -> str:
     "By claim and tier: comparisons as claimed, against, open."
-    found = {tier: outcomes(records, e.tested[tier]) for tier, records in ((e.tier, e.records), ("gpu", e.gpu))}
-    kinds = ("as claimed", "against", "open")
+    found, kinds = e.outcomes, ("as claimed", "against", "open")
     def part(n): return [str(n[k]) for k in kinds] if n else ["--"]*3
     claims = sorted({*_planned(), "C7"}, key=lambda c: int(c[1:]))
     rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims]
