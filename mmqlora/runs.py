@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DERIVED', 'PAIRED', 'KEPT', 'groups_of', 'SplitData', 'split_records', 'split_data', 'load_split', 'caption_scores',
-           'answer_scores', 'gallery_ranks', 'read_split', 'scored', 'evaluate', 'run_seed', 'split_metrics', 'combine',
-           'side_by_side', 'run_experiment', 'run_trial']
+           'answer_scores', 'gallery_ranks', 'read_split', 'scored', 'evaluate', 'run_seed', 'mean_cost',
+           'with_seconds', 'split_metrics', 'combine', 'side_by_side', 'run_experiment', 'run_trial']
 
 # %% ../nbs/12a_runs.ipynb #cda98272
 import os, time
@@ -25,9 +25,10 @@ from .checks import checked
 from .config import Params, RunConfig, active_profile, run_config
 from .core import InputError, compact, cores, read_json, repo_path, result_record, write_text
 from .corpus import ClipRecord, of_split, read_records
-from .cost import cost_of
+from .cost import cost_of, step_counts
 from .frames import set_name
 from .ledger import free_memory
+from .meteor import meteor_exact
 from .metrics import caption_metrics, exact_match, ranks, slot_scores, summarize, vqa_accuracy
 from .predict import read_clips
 from .ranks import audit
@@ -100,7 +101,7 @@ def caption_scores(written:list[str], references:list) -> tuple[dict, dict]:
     "(per-clip scores, whole-set scores) of captions against one reference each, or a list of them; slots are those of the first."
     references = [[r] if isinstance(r, str) else r for r in references]
     exact = np.max([exact_match(written, [refs[i % len(refs)] for refs in references]) for i in range(max(map(len, references)))], 0)
-    per_clip, gold = {"exact": exact}, [slots_of(refs[0]) for refs in references]
+    per_clip, gold = {"exact": exact, "meteor_exact": meteor_exact(written, references)}, [slots_of(refs[0]) for refs in references]
     if all(any(g.values()) for g in gold): per_clip |= slot_scores([slots_of(w) for w in written], gold, set(TRANSIENT))
     return per_clip, caption_metrics(written, references)
 
@@ -141,23 +142,30 @@ def evaluate(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple
 # %% ../nbs/12a_runs.ipynb #a2695f21
 def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate, memory:int|None=None) -> dict:
     "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint. `memory`: bytes that a step may need."
-    train, log, optimizer = data["train"].first(config.train_clips), {"loss": [], "seconds": 0.}, None
+    begin, train, log, counts, optimizer = time.perf_counter(), data["train"].first(config.train_clips), {"loss": [], "seconds": 0., "cpu_ms": []}, {}, None
     model, tokenizer = build(repo_path(config.base), config, seed, calibration=(train.clips, train.captions))
     if config.steps:
         asked = None if config.tasks == ["caption"] else [asked_of(r) for r in train.records]
         trainer = Trainer(model, tokenizer, train.clips, train.references, config, seed, asked)
-        checkpoint = folder and Path(folder)/f"seed{seed}.checkpoint.safetensors"
-        log, optimizer = fit(trainer, checkpoint, label=f"{name} seed {seed}", memory=memory), trainer.optimizer
-    cost, about = cost_of(model, optimizer, log["seconds"], len(log["loss"])), audit(model).to_dict("records")    # as it was trained
-    begin, results = time.perf_counter(), {}
+        counts, optimizer = _counts(trainer, memory), trainer.optimizer
+    ready = time.perf_counter()
+    if config.steps: log = fit(trainer, folder and Path(folder)/f"seed{seed}.checkpoint.safetensors", label=f"{name} seed {seed}")
+    cost = cost_of(model, optimizer, log["seconds"], len(log["loss"]), cpu_ms=log["cpu_ms"], **counts)
+    about, trained, results = audit(model).to_dict("records"), time.perf_counter(), {}                # as it was trained
     for split, part in data.items():
         if split == "train": continue
         signals = gate_signals(part.clips, config.gate_signal, train.clips, seed, split)
         results[split] = measure(model, tokenizer, part, signals, retrieval=split == "test")
-    cost["eval_seconds"] = round(time.perf_counter() - begin, 2)
+    cost["eval_seconds"] = round(time.perf_counter() - trained, 2)
     beyond = _beyond(model, tokenizer, config, data, train, seed) if "test" in data else {}
     if folder and config.method != "frozen": _keep(model, folder, seed)
+    cost |= dict(start_seconds=round(ready - begin, 2), total_seconds=round(time.perf_counter() - begin, 2))
     return dict(seed=seed, log=log, results=results, cost=cost, audit=about, beyond=beyond)
+
+def _counts(trainer, memory) -> dict:
+    trainer.model.train()
+    if memory is not None: trainer.fits_or_raise(memory)
+    return step_counts(trainer)
 
 def _beyond(model, tokenizer, config, data, train, seed) -> dict:
     test = data["test"]
@@ -166,6 +174,20 @@ def _beyond(model, tokenizer, config, data, train, seed) -> dict:
 def _keep(model, folder, seed):
     save_adapter(model, Path(folder)/f"seed{seed}")
     Path(folder, f"seed{seed}.checkpoint.safetensors").unlink(missing_ok=True)
+
+# %% ../nbs/12a_runs.ipynb #a95e07c4
+_IMPORTS = {os.getpid(): time.process_time()}
+
+def mean_cost(costs:list[dict]) -> dict:
+    "What all seeds tell of their cost: means, but sums of `start_seconds` and `total_seconds`."
+    told = {k: [c[k] for c in costs] for k in costs[0] if all(k in c for c in costs)}
+    cost = {k: float(sum(v) if k in ("start_seconds", "total_seconds") else np.mean(v)) for k, v in told.items()}
+    return {k: int(v) if k.endswith(("params", "bytes", "flops")) else round(v, 2) for k, v in cost.items()}
+
+def with_seconds(cost:dict, before:float, after:float=0.) -> dict:
+    "A cost to whose start-up and total come seconds before its seeds, and to its total those after."
+    start, total = cost["start_seconds"] + before, cost["total_seconds"] + before + after
+    return cost | dict(start_seconds=round(start, 2), total_seconds=round(total, 2))
 
 # %% ../nbs/12a_runs.ipynb #b92d2239
 DERIVED = {"r1": lambda r: r == 1, "r5": lambda r: r <= 5, "map": lambda r: 1/r}
@@ -210,15 +232,13 @@ def combine(name:str, tier:str, config:RunConfig, seeds:list[dict], data:dict) -
     splits = [s for s in data if s != "train"]
     metrics = {k: v for s in splits for k, v in split_metrics(seeds, s, data[s].groups).items()}
     kept = {f"{s}.{n}": compact(v) for s in splits for n, v in _per_clip(seeds, s).items() if n in PAIRED}
-    cost = {k: float(np.mean([s["cost"][k] for s in seeds])) for k in seeds[0]["cost"]}
-    cost = {k: int(v) if k.endswith(("params", "bytes")) else round(v, 2) for k, v in cost.items()}
     curve = dict(step=list(range(1, len(seeds[0]["log"]["loss"]) + 1, 5)), loss=[s["log"]["loss"][::5] for s in seeds])
     written = seeds[0]["results"]["test"][2]
     examples = [dict(clip=i, reference=r, prediction=w) for i, (r, w) in enumerate(zip(data["test"].captions, written))][:24]
     groups, first = {s: data[s].groups for s in splits}, seeds[0].get("beyond", {})
     more, further = _beyond_scores(seeds, groups)
     damage = {r.gallery: r.truth.get("corruption") for r in data["ood"].records} if "ood" in data else {}
-    return result_record(name, tier, config.model_dump(), metrics | more, cost, per_clip=kept | further, galleries=groups | _alone(further, groups), curve=curve,
+    return result_record(name, tier, config.model_dump(), metrics | more, mean_cost([s["cost"] for s in seeds]), per_clip=kept | further, galleries=groups | _alone(further, groups), curve=curve,
                          audit=seeds[0]["audit"], examples=examples, corruptions=damage, **{k: first.get(k) for k in ("gallery", "gates", "spectra")})
 
 # %% ../nbs/12a_runs.ipynb #9814b74b
@@ -243,13 +263,16 @@ def _one_seed(name:str, config:RunConfig, data:dict, folder, seed:int) -> dict:
 # %% ../nbs/12a_runs.ipynb #60a40923
 def run_experiment(params:Params, name:str, frames="artifacts/frames", adapters="artifacts/adapters") -> dict:
     "Run `name` of params.yaml, all its seeds: trains, evaluates on test and (where there is one) ood, keeps adapters, returns the result record."
-    config, folder = run_config(params, name), repo_path(adapters, name)
+    begin, config, folder = time.perf_counter(), run_config(params, name), repo_path(adapters, name)
     splits = [s for s in ("train", "test", "ood") if s in active_profile(params).clips]              # an imported corpus has no ood
     if splits[:2] != ["train", "test"]: raise InputError(f"params.yaml: profiles.{params.profile}.clips", "train and test are needed")
     data = {split: load_split(params, config, split, frames) for split in splits}
+    start = time.perf_counter() - begin + _IMPORTS.pop(os.getpid(), 0.)
     seeds = side_by_side(partial(_one_seed, name, config, data, folder), config.seeds)
+    trained = time.perf_counter()
     write_text(folder/"captions.txt", "\n".join(seeds[0]["results"]["test"][2]) + "\n")
-    return combine(name, params.profile, config, seeds, data)
+    record = combine(name, params.profile, config, seeds, data)
+    return record | dict(cost=with_seconds(record["cost"], start, time.perf_counter() - trained))
 
 def run_trial(params:Params, trial:tuple, frames="artifacts/frames") -> dict:
     "One trial (run, {field: value}) of tuning: trained with the seed of `tune`, measured on dev."

@@ -30,7 +30,7 @@ from .model import load_model, save_model
 from .predict import write_captions
 from .prepare import prepare
 from .pretrain import FAST, render_base
-from .runs import combine, load_split, read_split, run_seed, scored, split_data
+from .runs import combine, load_split, read_split, run_seed, scored, split_data, with_seconds
 from .scenes import FRAMES
 from .smollm2 import graft
 
@@ -124,8 +124,10 @@ def do_job(params:Params, job:Job, load) -> dict:
     "Train and measure one job; what its file holds."
     config = run_config(params, job.run).model_copy(update=dict(job.change))
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    data = {split: load(config.selector, config.frames, split, config.audio) for split in ("train", *job.splits)}
+    begin, data = time.perf_counter(), {split: load(config.selector, config.frames, split, config.audio) for split in ("train", *job.splits)}
+    loaded = time.perf_counter() - begin
     result = run_seed(job.run, config, job.seed, data, measure=read_split)
+    result["cost"] = with_seconds(result["cost"], loaded)
     if torch.cuda.is_available(): result["cost"]["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     read = {s: dict(per_clip={k: compact(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}
     return dict(job=asdict(job), config_hash=content_hash(config.model_dump()), **(result | dict(results=read)))

@@ -228,24 +228,26 @@ def fit(
     label:str="",        # Shown in the progress line
     stop:int|None=None,  # Stop before this step (to show resuming)
     memory:int|None=None,  # Bytes that a step may need: checked before the first one (`ledger.free_memory()` of a GPU)
-)->dict:                 # {"loss": per step, "seconds": training time}
+)->dict:                 # {"loss": per step, "seconds": training time, "cpu_ms": processor time of each step}
     "Train to the end of the schedule, resuming from `checkpoint` if it exists. A loss that is not finite is an `InputError`."
     config = trainer.config
     brightness = sum(int(part.sum()) for part in trainer.clips.pixels.split(128))         # in parts: a sum of bytes copies them to eight each
     key = content_hash([config.model_dump(), trainer.seed, code_version(), brightness])
-    state = {"key": key, "step": 0, "loss": [], "seconds": 0.}
+    state = {"key": key, "step": 0, "loss": [], "seconds": 0., "cpu_ms": []}
     if checkpoint and Path(checkpoint).is_file(): state = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, key)
     trainer.model.train()
     if memory is not None: trainer.fits_or_raise(memory)
     last, begin = min(stop or config.steps, config.steps), time.perf_counter() - state["seconds"]
     for n in tqdm(range(state["step"], last), initial=state["step"], total=config.steps, desc=label, mininterval=5, leave=False):
+        before = time.process_time()
         loss = trainer.step(n)
+        state["cpu_ms"].append(round(1000*(time.process_time() - before), 2))
         if not math.isfinite(loss): raise InputError(f"step {n}", f"the loss is {loss}", "lower lr")
         state["loss"].append(round(loss, 5))
         state |= {"step": n + 1, "seconds": time.perf_counter() - begin}
         if checkpoint and ((n + 1) % every == 0 or n + 1 == last): save_checkpoint(checkpoint, trainer.model, trainer.optimizer, state)
     if trainer.pruner and state["step"] == config.steps: trainer.pruner.finish()
-    return {k: state[k] for k in ("loss", "seconds")}
+    return {k: state[k] for k in ("loss", "seconds", "cpu_ms")}
 
 # %% ../nbs/09_train.ipynb #1100c3d7
 def calibration_batches(model, tokenizer, clips:ClipSet, captions:list[str], config:RunConfig, seed:int) -> list[dict]:

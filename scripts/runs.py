@@ -71,9 +71,10 @@ def walk(weights:dict[str, float], workers:int) -> list[str]:
 def main() -> int:
     waiting, params = stale(sys.argv[1:]), load_params()
     if not waiting: return 0
-    have = cores()
+    have, begin = cores(), time.monotonic()
     os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
     with warm(): wrong = walk({s: weight(run_config(params, s.partition("@")[2])) for s in waiting}, min(have, len(waiting)))
+    print(f"== {len(waiting)} runs, {(time.monotonic() - begin)/60:.1f} min in all", flush=True)
     for line in wrong: print(f"mmqlora: {line}", file=sys.stderr)
     return bool(wrong)
 

@@ -11,10 +11,10 @@ from conftest import ROOT, closure, code_cells, imported
 
 from mmqlora.batch import save_clips
 from mmqlora.config import load_params, run_config
-from mmqlora.core import read_json, repo_path
+from mmqlora.core import InputError, read_json, repo_path
 from mmqlora.corpus import write_records
 from mmqlora.prepare import prepare
-from mmqlora.report import check_record
+from mmqlora.report import LATER, check_record
 from mmqlora.runs import run_experiment
 
 sys.path.insert(0, str(ROOT/"scripts"))
@@ -93,7 +93,12 @@ def test_a_run_makes_a_complete_record(tiny, monkeypatch, name, trained):
     seeds = len(record["config"]["seeds"])
     assert all(0 <= record["metrics"][m]["value"] <= 1 for m in ("test.exact", "ood.slots", "test.t2v_r1", "test.v2t_map"))
     assert [len(row) for row in record["per_clip"]["test.exact"]] == [8]*seeds
-    assert (record["cost"]["trainable_params"] > 0) == trained == bool(record["curve"]["step"])
+    cost = record["cost"]
+    for measured in ("flops", "peak_bytes", "step_cpu_ms"): assert (cost[measured] > 0) == trained, measured
+    assert cost["model_bytes"] < cost["peak_bytes"] < cost["peak_rss_bytes"] or not trained
+    assert 0 < cost["start_seconds"] and cost["start_seconds"] + seeds*(cost["train_seconds"] + cost["eval_seconds"]) <= cost["total_seconds"] + .1
+    assert all(0 <= record["metrics"][f"{s}.meteor_exact"]["value"] <= 1 for s in ("test", "ood"))
+    assert (cost["trainable_params"] > 0) == trained == bool(record["curve"]["step"])
     assert len(list((tiny/f"artifacts/adapters/{name}").glob("seed*/adapter_model.safetensors"))) == (seeds if trained else 0)
     assert not list((tiny/"artifacts").rglob("*.checkpoint.safetensors"))
     assert ("test.questions" in record["metrics"]) == ("base.slots" in record["per_clip"]) == (name == "zeroshot")       # its `checks`
@@ -101,6 +106,16 @@ def test_a_run_makes_a_complete_record(tiny, monkeypatch, name, trained):
     assert (set(record["spectra"]) == {"vision", "fusion", "text"}) == trained
     assert not trained or len(record["gates"]["text"][0]) == 4 and len(record["gates"]["signals"][0][0]) == 9
     assert [len(row) for row in record["gallery"]] == [8]*8
+
+
+def test_committed_records_are_input_for_the_report_with_what_came_later_or_without():
+    for path in sorted((ROOT/"results").glob("[cg]pu/*.json")):
+        record = read_json(path)
+        check_record(record, path)
+        older = record | dict(cost={k: v for k, v in record["cost"].items() if k not in LATER["cost"]})
+        check_record(older | dict(metrics={k: v for k, v in record["metrics"].items() if k not in LATER["metrics"]}), path)
+        with pytest.raises(InputError, match="cost.flops: expected a number"): check_record(record | dict(cost=record["cost"] | dict(flops="many")), path)
+        with pytest.raises(InputError, match="metrics.ood.meteor_exact.value: missing"): check_record(record | dict(metrics=record["metrics"] | {"ood.meteor_exact": {}}), path)
 
 
 def test_committed_results_carry_their_provenance():

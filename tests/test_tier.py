@@ -73,6 +73,8 @@ def test_a_queue_goes_on_with_what_is_missing_and_ends_in_complete_records(param
         check_record(record, run)
         assert record["tier"] == "gpu" and record["base"] and record["date"] and len(record["per_clip"]["test.exact"]) == len(record["config"]["seeds"])
     assert {"test.exact_disordered", "base.exact"} <= set(records["tqlora"]["metrics"]) and "test.questions" in records["early"]["metrics"]
+    for measured in ("flops", "peak_bytes", "step_cpu_ms"): assert records["tqlora"]["cost"][measured] > 0 == records["zeroshot"]["cost"][measured]
+    for record in records.values(): assert 0 < record["cost"]["start_seconds"] < record["cost"]["total_seconds"] and "ood.meteor_exact" in record["metrics"]
     assert records["tqlora"]["cost"]["trainable_params"] > 0 == records["zeroshot"]["cost"]["trainable_params"]
 
 

@@ -10,6 +10,9 @@ from mmqlora.adapters import QUANTIZATION, adapt
 from mmqlora.batch import ClipSet
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError, repo_path
+from mmqlora.cost import step_counts
+from mmqlora.cpu import dense_bytes, peak_bytes
+from mmqlora.ledger import counted, held
 from mmqlora.model import linears, load_model
 from mmqlora.predict import score_captions, score_galleries, write_answers, write_captions, write_rounds
 from mmqlora.quickstart import load
@@ -39,6 +42,35 @@ def test_two_equal_runs_are_equal_to_the_bit(training, short, gate):
     (one, _, loss), (two, _, again) = trained(training, config), trained(training, config)
     assert loss == again and same(trained_tensors(one), trained_tensors(two))
     assert loss[-1] < loss[0]
+
+
+@pytest.mark.parametrize("change", [GATED, dict(quantization="int8"), dict(method="qdora"), dict(method="full", lr=1e-3), dict(allocation="prune", budget_rank=2)],
+                         ids=["gated", "int8", "qdora", "full", "prune"])
+def test_what_is_counted_before_a_run_leaves_no_trace_in_it_and_is_the_same_again(training, short, change):
+    config = short.model_copy(update=change)
+    alone, _, loss = trained(training, config)
+    model, tokenizer = build(BASE, config, device="cpu")
+    trainer = Trainer(model, tokenizer, *training, config)
+    state, counts = torch.get_rng_state(), step_counts(trainer)
+    assert counts == step_counts(trainer) and torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+    assert fit(trainer)["loss"] == loss and same(trained_tensors(model), trained_tensors(alone))
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_the_bytes_counted_for_a_step_are_those_of_a_later_one_and_near_what_pytorch_allocates(training, short, method):
+    model, tokenizer = build(BASE, short.model_copy(update=dict(method=method)), device="cpu")
+    trainer = Trainer(model.train(), tokenizer, *training, short)
+    counts = step_counts(trainer)
+    trainer.step(0)
+    trainer.optimizer.zero_grad()
+    batch, slots = trainer.batch(0), [v for slot in trainer.optimizer.state.values() for v in slot.values()]
+    with counted() as c:
+        before = c.hold([*held(model), *slots, *batch.values()]).now
+        trainer.gradients(batch)
+    assert c.flops == counts["flops"] and c.peak == pytest.approx(counts["peak_bytes"], rel=.02)
+    trainer.optimizer.zero_grad()
+    beyond = peak_bytes(lambda: trainer.gradients(batch))                # than what is there before: also the copies of `lean`
+    assert before + dense_bytes(model) + beyond == pytest.approx(counts["peak_bytes"], rel=.03)
 
 
 def test_another_seed_is_another_run(training, short):
