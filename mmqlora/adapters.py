@@ -23,7 +23,7 @@ from .joint import apply_bits
 from .model import bits_of, linears, same_precision
 from .prefix import add_prefixes, prefix_bytes
 from .ranks import adapter_tensors, audit, rank_settings
-from .temporal import TemporalLoraConfig, wire_gates
+from .temporal import TemporalLoraConfig, entrance, wire_gates
 
 # %% ../nbs/08d_adapters.ipynb #75c6a725
 QUANTIZATION = {"frozen": "none", "full": "none", "lora": "none", "qlora": "nf4", "dora": "none", "qdora": "nf4",
@@ -67,7 +67,7 @@ def adapt(
     method:str="qlora",          # A key of `QUANTIZATION`
     ranks:dict|None=None,        # Modality or module -> rank (default: 8 everywhere); the other methods read from it where to sit
     alpha_over_rank:float=2.,    # LoRA scaling alpha / r
-    gate:str="none",             # Temporal gate: none, scalar, rank, time or gradient
+    gate:str="none",             # Temporal gate: none, scalar, rank, time or gradient; input: signals are added to visual tokens instead
     signals:int=2,               # Frame signals C that the gate sees
     seed:int=0,                  # Of the initial A matrices, or whatever else starts random
     width:int=16,                # Of bottleneck adapters
@@ -79,7 +79,7 @@ def adapt(
     _check_bits(model, method)
     if temporal is not None: gate = "rank" if temporal == "gate" else temporal
     if method in ("frozen", "full"): return model.requires_grad_(method == "full")
-    if gate != "none": family_of(model)                                # no map from frames to tokens: an error before anything is changed
+    if gate != "none": (entrance if gate == "input" else family_of)(model)        # no map from frames to tokens: an error before anything is changed
     ranks = ranks or {m: 8 for m in linears(model)}
     if method in ("bottleneck", "prefix", "ia3"): return _adapt_other(model, method, placed(model, ranks), seed, width, prefix_length)
     settings = rank_settings(model, ranks, alpha_over_rank) | ({"use_dora": True} if "dora" in method else {})

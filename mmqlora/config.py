@@ -25,7 +25,7 @@ Method = Literal["frozen", "full", "lora", "qlora", "dora", "qdora", "bottleneck
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 Allocation = Literal["uniform", "static", "entropy", "gradient", "eva", "prune", "joint"]
 Modality = Literal["vision", "fusion", "text", "audio"]
-Gate = Literal["none", "scalar", "rank", "time", "gradient"]
+Gate = Literal["none", "scalar", "rank", "time", "gradient", "input"]      # input: the same signals, added to the visual tokens
 GateSignal = Literal["motion", "constant", "random", "shuffled"]
 Signals = Literal["energy", "dense"]
 Task = Literal["caption", "languages", "questions", "instructions", "sound"]
@@ -130,6 +130,12 @@ class FramesConfig(Strict):
     fps: float | None = Field(None, gt=0)           # At most so many frames a second are looked at; None: all
     on_error: Literal["raise", "skip"] = "raise"    # A clip that cannot be read: stop, or leave it out and report it
 
+    @model_validator(mode="after")
+    def _prepared(self):
+        if stray := [s for s in self.sets if s not in self.selectors]:
+            raise ValueError(f"sets.{stray[0]}: not in selectors, so nothing would be prepared for it; add '{stray[0]}' to selectors, or remove it from sets")
+        return self
+
     def budgets_of(self, selector:str) -> list[int]: return self.sets.get(selector, self.budgets if selector in self.selectors else [])
 
 # %% ../nbs/01_config.ipynb #3bfe41b6
@@ -228,8 +234,8 @@ def active_profile(params:Params) -> Profile:
     raise InputError("params.yaml: profile", f"unknown profile '{params.profile}'", _nearest(params.profile, params.profiles))
 
 def _overridden(profile:Profile, name:str, given:dict) -> dict:
-    "`given` with what the profile changes in runs of its method, in gated ones, in this run."
-    keys = [given.get("method", RunConfig().method), *(["gated"] if given.get("gate", "none") != "none" else []), name]
+    "`given` with what the profile changes in runs of its method, in gated ones, in this run (`all` means the defaults, not a run of that name)."
+    keys = [given.get("method", RunConfig().method), *(["gated"] if given.get("gate", "none") != "none" else []), *([name] if name != "all" else [])]
     for key in keys: given = {**given, **profile.override.get(key, {})}
     return given
 

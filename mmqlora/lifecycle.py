@@ -51,6 +51,7 @@ def merge(model) -> tuple[nn.Module, float]:
 # %% ../nbs/08e_lifecycle.ipynb #3c351b00
 def export(model, folder, adapter:str="default") -> Path:
     "Write `adapter` as a plain LoRA adapter into `folder`. Raises `InputError` if its gates depend on the input."
+    if (state := model.get_base_model().__dict__.get("_frame_state")) is not None: state.refuse_merge([adapter])
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Gated) and isinstance(m.lora_variant.get(adapter), GateVariant)}
     gates = {n: static_gate(m, adapter) for n, m in layers.items()}
     if moving := [n for n, g in gates.items() if g is None]:

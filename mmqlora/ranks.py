@@ -100,6 +100,12 @@ def _row(model, modality:str, modules:dict) -> dict:
                 base_bytes=sum(storage_bytes(core := getattr(m, "base_layer", m)) - adapter_bytes(core) for m in modules.values()),
                 adapter_bytes=sum(p.numel()*p.element_size() for p in added.values()))
 
+def _outside(model) -> list[dict]:
+    "A row for what was added outside every tower: the map of frame signals that are an input."
+    added = [p for n, p in adapter_tensors(model).items() if modality_of(model, n) is None]
+    return [dict(modality="input", modules=len(added), adapted=len(added), bits="/".join(sorted({str(8*p.element_size()) for p in added})), rank=0,
+                 params=sum(p.numel() for p in added if p.requires_grad), base_bytes=0, adapter_bytes=sum(p.numel()*p.element_size() for p in added))] if added else []
+
 def audit(model, ranks:dict|None=None) -> pd.DataFrame:
     "What is adapted, per modality. With `ranks` (by modality or module) given, raises `InputError` where the model differs."
     base = _base(model)
@@ -112,4 +118,4 @@ def audit(model, ranks:dict|None=None) -> pd.DataFrame:
             raise InputError(f"audit: {modality}", f"{adapted} of {len(modules)} linears have an adapter, asked for: {sum(map(bool, asked.values()))}")
         if wrong := [n for n in modules if given[n] != asked[n]]:
             raise InputError(f"audit: {modality}", f"{wrong[0]} has rank {given[wrong[0]]}, asked for {asked[wrong[0]]}")
-    return pd.DataFrame([_row(base, m, modules) for m, modules in found.items()])
+    return pd.DataFrame([*(_row(base, m, modules) for m, modules in found.items()), *_outside(base)])

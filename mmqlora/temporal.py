@@ -6,8 +6,8 @@
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
            'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'from_table', 'TokenGates', 'variant_of',
            'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'GatedLinear',
-           'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'gated_layers', 'wire_gates',
-           'set_frame_signals', 'standardized']
+           'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'FrameInput', 'entrance',
+           'gated_layers', 'wire_gates', 'takes_signals', 'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
 import math, re
@@ -20,6 +20,7 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
@@ -313,7 +314,7 @@ class GateVariant(LoraVariant):
     def width(self) -> int: return 1 + self.signals + (WAVES if self.kind == "time" else 0)
 
     def init(self, module, adapter_name:str, **kwargs):
-        if self.kind == "gradient": return
+        if self.kind in ("gradient", "input"): return
         rows = 1 if self.kind == "scalar" else module.r[adapter_name]
         module.lora_gate[adapter_name] = nn.Parameter(module.lora_A[adapter_name].weight.new_zeros(rows, self.width))
 
@@ -372,6 +373,7 @@ def static_gate(module, adapter:str) -> torch.Tensor | None:
 
 def gated_delta(module, adapter:str) -> torch.Tensor:
     "The update as a matrix. Raises `InputError` if it depends on the input."
+    if module.frame_state is not None: module.frame_state.refuse_merge([adapter])
     gate = static_gate(module, adapter)
     if gate is None: raise InputError(f"adapter '{adapter}'", "a gate that depends on the input cannot be merged into the weights",
                                       "keep the adapter, or train without a gate or with gate='gradient'")
@@ -396,7 +398,13 @@ class Gated:
     def resolve_lora_variant(self, *, config, **kwargs):
         return GateVariant(config) if isinstance(config, TemporalLoraConfig) else super().resolve_lora_variant(config=config, **kwargs)
 
+    def merge(self, safe_merge:bool=False, adapter_names=None):
+        if self.frame_state is not None: self.frame_state.refuse_merge(adapter_names or self.active_adapters)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
     def _mixed_batch_forward(self, x, *args, adapter_names, alora_offsets=None, **kwargs):
+        told = self.frame_state and self.frame_state.told
+        if told and set(adapter_names) & set(told.lora_input): raise InputError("adapter_names", "an adapter with gate 'input' cannot share a batch", "give it a batch of its own")
         result = self.base_layer(x, *args, **kwargs)
         out = result.clone()
         for name in set(adapter_names) & set(self.lora_A):
@@ -416,14 +424,14 @@ class GatedLinear8bit(Gated, Linear8bitLt): pass
 LAYERS = {bnb.nn.Linear4bit: GatedLinear4bit, bnb.nn.Linear8bitLt: GatedLinear8bit, nn.Linear: GatedLinear}
 
 # %% ../nbs/08_temporal.ipynb #9b7fa42e
-GATES = ("scalar", "rank", "time", "gradient")
+GATES = ("scalar", "rank", "time", "gradient")       # "input" is none: the signals reach the model past the update
 SAVED_TYPE = "TEMPORAL_LORA, which mmqlora.load loads"
 
 @dataclass
 class TemporalLoraConfig(LoraConfig):
     "LoRA with a temporal gate."
     gate: str = field(default="rank", metadata={"is_lora_variant": True, "help": "'rank': a gate per direction of the update; 'scalar': one; "
-                      "'time': per rank, sees the place in the clip; 'gradient': weighs gradients only"})
+                      "'time': per rank, sees the place in the clip; 'gradient': weighs gradients only; 'input': none, signals are added to visual tokens"})
     signals: int = field(default=2, metadata={"help": "Number of frame signals C"})
     gradient_slope: float = field(default=1., metadata={"help": "s of a 'gradient' gate 2 sigmoid(s mean(z))"})
     signal_mean: list | None = field(default=None, metadata={"help": "Mean of each frame signal over the training clips"})
@@ -431,7 +439,7 @@ class TemporalLoraConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gate not in GATES: raise InputError("gate", f"unknown gate '{self.gate}'", f"choose from: {', '.join(GATES)}")
+        if self.gate not in (*GATES, "input"): raise InputError("gate", f"unknown gate '{self.gate}'", f"choose from: {', '.join(GATES)}, input")
         if self.use_dora: raise InputError("use_dora", "DoRA has no temporal gate", "choose one of them")
         self._register_custom_module(LAYERS)
 
@@ -442,6 +450,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = TemporalLoraConfig
 # %% ../nbs/08_temporal.ipynb #b1f6067d
 class FrameState:
     "What the hooks note and the gated layers read: the layout of the current forward pass."
+    told = None                                                        # The model's `FrameInput`, if an adapter has one
     def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.layers, self.blocks, self.shares, self.handles = layout, False, [], [], {}, True, []
 
     def set(self, signal, frames=None, device=None):
@@ -463,6 +472,9 @@ class FrameState:
         return args, kwargs
 
     def leave(self, module, args, output): self.inside = False
+
+    def refuse_merge(self, adapters):
+        if self.told: self.told.merge(adapter_names=adapters)
 
 # %% ../nbs/08_temporal.ipynb #bf2ed637
 class _Remembered:
@@ -531,16 +543,66 @@ def _hook(model, base, state:FrameState):
         base.generate = _Held(base.generate, state)
         state.handles.append(base.get_submodule(family.held).register_forward_pre_hook(_Step(state), with_kwargs=True))
 
+# %% ../nbs/08_temporal.ipynb #f1a0c7d3
+class FrameInput(nn.Module, BaseTunerLayer):
+    "A map (D, 1 + C) per adapter, from what a gate sees of a frame to what is added to its visual tokens as they enter the text model."
+    adapter_layer_names, weight = ("lora_input",), None                # peft asks for a weight when it unloads a layer
+
+    def __init__(self, state:FrameState):
+        super().__init__()
+        self.lora_input, self.frame_state, self.handle = nn.ParameterDict(), state, None
+
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
+        for name in [] if self.disable_adapters else self.active_adapters:
+            if name not in self.lora_input: continue
+            weight = self.lora_input[name]
+            rows, shape = features(self.frame_state.layout, "token", x, weight.shape[1])
+            if rows is not None: x = x + F.linear(rows.to(weight.dtype), weight).view(*shape, -1).to(x.dtype)     # rows of text are 0
+        return x
+
+    def enter(self, module, args, kwargs):
+        "Before the text model's forward."
+        if kwargs.get("inputs_embeds") is not None: return args, kwargs | {"inputs_embeds": self(kwargs["inputs_embeds"])}
+
+    def merge(self, safe_merge:bool=False, adapter_names=None):
+        for name in set(adapter_names or self.active_adapters) & set(self.lora_input):
+            if self.lora_input[name].any(): raise InputError(f"adapter '{name}'", "its signals depend on the input and cannot be merged into the weights", "keep the adapter")
+
+    def unload_and_optionally_merge_module(self, merge:bool, safe_merge:bool, adapter_names):
+        if merge: self.merge(safe_merge, adapter_names)
+        self.handle.remove()
+        return nn.Identity()
+
+# %% ../nbs/08_temporal.ipynb #f1a0c7d4
+def entrance(base:nn.Module) -> nn.Module:
+    "The text model that visual tokens enter among other embeddings. Raises `InputError` for a family where none does."
+    if family_of(base).token_id is not None: return base.get_decoder()
+    raise InputError(f"model family '{base.config.model_type}'", "no visual token enters its text model, so no frame signal can", f"choose a gate from: {', '.join(GATES)}")
+
+def _tell(base, layers, state:FrameState, adapter:str, config):
+    "Give an adapter with gate 'input' its map, unless it has one."
+    if state.told is None:
+        base.frame_input = state.told = FrameInput(state)
+        state.told.handle = entrance(base).register_forward_pre_hook(state.told.enter, with_kwargs=True)
+        state.handles.append(state.told.handle)
+    told, mine = state.told, [m for m in layers if adapter in m.lora_A]
+    told._active_adapter, told._disable_adapters = mine[0]._active_adapter, mine[0]._disable_adapters
+    if adapter in told.lora_input: return
+    like = mine[0].lora_A[adapter].weight
+    if not like.is_meta and any(m.lora_B[adapter].weight.any() for m in mine):        # peft has loaded the weights, for whose map there was no place yet
+        raise InputError(f"adapter '{adapter}'", "was loaded before it was wired, so the map of its signals is lost", "load it with mmqlora.load")
+    zeros = like.new_zeros(base.get_input_embeddings().embedding_dim, 1 + config.signals)
+    told.lora_input[adapter] = nn.Parameter(zeros, not config.inference_mode)
+
 # %% ../nbs/08_temporal.ipynb #130b312a
 def gated_layers(model:nn.Module) -> dict[str, nn.Module]:
     "Name -> layer with a temporal gate."
     return {name: m for name, m in model.named_modules() if isinstance(m, Gated) and any(isinstance(v, GateVariant) for v in m.lora_variant.values())}
 
 def _give_space(base, name:str, layer, state:FrameState):
-    "Tell a layer what it sees; one that sees no frame becomes plain LoRA."
+    "Tell a layer what it sees; one that sees no frame, or whose signals are an input, becomes plain LoRA."
     layer.frame_state, layer.space = state, space_of(base, name)
-    if layer.space is not None: return
-    for adapter in [a for a, v in layer.lora_variant.items() if isinstance(v, GateVariant)]:
+    for adapter in [a for a, v in layer.lora_variant.items() if isinstance(v, GateVariant) and (layer.space is None or v.kind == "input")]:
         del layer.lora_variant[adapter]
         if adapter in layer.lora_gate: del layer.lora_gate[adapter]
 
@@ -562,9 +624,15 @@ def wire_gates(
     state.blocks = {m: re.match(r"(.*\.\d+)?", n)[0] for n, m in layers.items()}                 # a name up to its last number: the block of layers it is in
     for name, layer in layers.items():
         if isinstance(layer, Gated): _give_space(base, name, layer, state)
+    for adapter in gated:
+        if model.peft_config[adapter].gate == "input": _tell(base, state.layers, state, adapter, model.peft_config[adapter])
     return state
 
 # %% ../nbs/08_temporal.ipynb #50492cce
+def takes_signals(model) -> bool:
+    "Whether an adapter of `model` reads frame signals: by gates, or as an input."
+    return any(isinstance(c, TemporalLoraConfig) for c in getattr(model, "peft_config", {}).values())
+
 def set_frame_signals(model, signal, frames=None):
     "Give the gates of `model` the signals of the next batch: (B, K, C or more), of which `frames` (B,) are real, or a list of (K_b, C or more). They see the first C; a model without gates ignores them."
     counts = [c.signals for c in getattr(model, "peft_config", {}).values() if isinstance(c, TemporalLoraConfig)]

@@ -30,7 +30,9 @@ def test_the_file_of_this_repository_holds():
     (lambda p: p["runs"]["qlora"].update(ranks={"smell": 4}), "params.yaml: runs.qlora: ranks.smell"),
     (lambda p: p["runs"]["qlora"].update(ranks={"text": 0}), "all ranks are 0: nothing would be trained"),
     (lambda p: p["runs"]["full"].update(gate="rank"), "a gate needs lora or qlora, not full"),
-    (lambda p: p["frames"].update(selectors=["uniform"]), "is not in frames.selectors"),
+    (lambda p: p["frames"].update(selectors=["uniform"], sets={}), "is not in frames.selectors"),
+    (lambda p: p["frames"].update(selectors=["uniform"]), "params.yaml: frames: Value error, sets.entropy: not in selectors, so nothing would be prepared for it; add 'entropy'"),
+    (lambda p: p["profiles"]["gpu"]["frames"].update(sets={"motion": [4]}) or p.update(profile="gpu"), "params.yaml: profiles.gpu: FramesConfig: Value error, sets.motion: not in selectors"),
     (lambda p: p["corpus"].pop("root"), "params.yaml: corpus.root: Field required"),
 ])
 def test_a_wrong_value_is_named_with_its_place(tmp_path, change, message):
