@@ -6,9 +6,9 @@
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'MORE', 'WAYS', 'KINDS', 'BIG', 'RATE', 'shrink', 'config_of',
            'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
            'stock', 'label_logits', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell',
-           'compare_gradients', 'gradient_cell', 'profile_cell', 'count_cell', 'cells', 'target_cells', 'name_of',
-           'run_cell', 'measured', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor', 'lease_of', 'setting_of',
-           'merge_lease', 'latest', 'pairs']
+           'compare_gradients', 'gradient_cell', 'profiled', 'profile_cell', 'count_cell', 'cells', 'target_cells',
+           'name_of', 'run_cell', 'measured', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor', 'lease_of',
+           'setting_of', 'merge_lease', 'latest', 'pairs']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
 import gc, time, traceback
@@ -308,11 +308,8 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
                              lambda model, dtype: make_batch(model, frames, device, dtype, 56 if small else 336), cell["ways"], device)
 
 # %% ../nbs/12c_benchmark.ipynb #8ab6484e
-def profile_cell(cell:dict, device:str, small:bool) -> dict:
-    "Where the time of one step goes: kernels by time, and the host's share."
-    model = build_model(cell["model"], device, _dtype(device), small)
-    loss, optimizer = set_up(model, cell["way"])
-    step = stepper(loss, optimizer, make_batch(model, 4 if small else cell["frames"], device, _dtype(device), 56 if small else 336))
+def profiled(step, device:str) -> dict:
+    "Where the time of `step()` goes: kernels by time, and the host's share."
     for _ in range(3): step()
     _sync(device)
     cuda = device == "cuda"
@@ -324,6 +321,12 @@ def profile_cell(cell:dict, device:str, small:bool) -> dict:
     top = sorted(events, key=lambda e: -getattr(e, key))[:30]
     return dict(wall_ms=wall, kernel_ms=sum(getattr(e, key) for e in events)/1000, launches=sum(e.count for e in events),
                 top=[[e.key[:100], e.count, round(getattr(e, key)/1000, 2)] for e in top])
+
+def profile_cell(cell:dict, device:str, small:bool) -> dict:
+    "`profiled` of one way to step."
+    model = build_model(cell["model"], device, _dtype(device), small)
+    loss, optimizer = set_up(model, cell["way"])
+    return profiled(stepper(loss, optimizer, make_batch(model, 4 if small else cell["frames"], device, _dtype(device), 56 if small else 336)), device)
 
 def count_cell(cell:dict, device:str, small:bool) -> dict:
     "Operations of a real step, without the optimizer."

@@ -240,13 +240,17 @@ def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
     done = [(j, repo_path(out, f"{j.key}.json")) for j in jobs]
     return [dict(run=j.run, **dict(j.change), loss=float(np.mean(read_json(p)["results"]["dev"]["per_clip"]["loss"]))) for j, p in done if p.is_file()]
 
+def _rated_like(params:Params, run:str) -> str:
+    "Whose rates those of a tuned run are: its method's, those of all gates, or, where signals are input, its own."
+    config = run_config(params, run)
+    return {"none": config.method, "input": run}.get(config.gate, "gated")
+
 def chosen_rates(params:Params, trials:list[dict]) -> dict:
-    "What `trials` say should stand in `override` of the profile: {method or 'gated': {field: value}}."
+    "What `trials` say should stand in `override` of the profile: {method, 'gated' or run: {field: value}}."
     best = {}
     for run, fields in tuned_fields(params).items():
         tried = [t for t in trials if t["run"] == run]
-        config = run_config(params, run)
-        for field in fields if tried else (): best.setdefault("gated" if config.gate != "none" else config.method, {})[field] = min(tried, key=lambda t: t["loss"])[field]
+        for field in fields if tried else (): best.setdefault(_rated_like(params, run), {})[field] = min(tried, key=lambda t: t["loss"])[field]
     return best
 
 def tune_record(params:Params, trials:list[dict], about:dict, base:dict|None=None) -> dict:
