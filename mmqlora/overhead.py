@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL_ONE', 'ALL_KINDS', 'EVERY', 'METHODS', 'method_model', 'one_clip', 'seen', 'method_cell', 'gated_cell',
-           'gated_gradient_cell', 'liger_cell', 'alternate', 'warm_up', 'gates_cell', 'repeated', 'caption_rate',
-           'captions_cell', 'base_cell', 'base_cells', 'overhead_cells', 'gate_cells', 'every_cell', 'lease']
+           'gated_profile_cell', 'gated_gradient_cell', 'liger_cell', 'alternate', 'warm_up', 'gates_cell', 'repeated',
+           'caption_rate', 'captions_cell', 'base_cell', 'base_cells', 'overhead_cells', 'gate_cells', 'every_cell',
+           'lease']
 
 # %% ../nbs/12ca_overhead.ipynb #36bf6dea
 import gc, time
@@ -15,7 +16,7 @@ import torch
 
 from .adapters import adapt
 from .benchmark import (BIG, KINDS, _dtype, _memory, _sync, build_base, build_model, cells, clean, compare_gradients, efficiency, make_batch, measure, name_of, set_up,
-                               stepper, target_cells)
+                               profiled, stepper, target_cells)
 from .core import InputError, repo_path
 from .ledger import peak_of
 from .lifecycle import merge
@@ -66,6 +67,12 @@ def gated_cell(cell:dict, device:str, small:bool) -> dict:
     batch = one_clip(model, cell["frames"], device, small)
     clean(device)
     return measure(stepper(seen(model, loss, cell["gate"]), optimizer, batch), device) | dict(tokens=batch["input_ids"].shape[1], trainable=trainable(model))
+
+def gated_profile_cell(cell:dict, device:str, small:bool) -> dict:
+    "`benchmark.profiled` of a step with gates, or of plain QLoRA."
+    model = method_model(cell["model"], "qlora", device, small, gate=cell["gate"])
+    loss, optimizer = set_up(model, cell["way"])
+    return profiled(stepper(seen(model, loss, cell["gate"]), optimizer, one_clip(model, cell["frames"], device, small)), device)
 
 def gated_gradient_cell(cell:dict, device:str, small:bool) -> dict:
     "`benchmark.compare_gradients` with gates: each way in 16 bits against stock in fp32."
@@ -192,7 +199,7 @@ def base_cells(folder:str="models/base") -> list[dict]:
 
 # %% ../nbs/12ca_overhead.ipynb #c5e70c7f
 SMALL_ONE = "qwen2-vl-2b"
-ALL_KINDS = KINDS | {"method": method_cell, "gates": gates_cell, "gated": gated_cell, "gated_gradient": gated_gradient_cell, "liger": liger_cell, "captions": captions_cell, "base": base_cell}
+ALL_KINDS = KINDS | {"method": method_cell, "gates": gates_cell, "gated": gated_cell, "gated_gradient": gated_gradient_cell, "gated_profile": gated_profile_cell, "liger": liger_cell, "captions": captions_cell, "base": base_cell}
 EVERY = ["tower", "windows", "adapters", "embeddings", "head_host", "label_loss", "blocks", "ours", "ours_small", "ours_graphs"]
 METHODS = [("frozen", "none"), ("qlora", "none"), ("qdora", "none"), ("bottleneck", "none"), ("prefix", "none"), ("ia3", "none"),
            *(("qlora", g) for g in ("scalar", "rank", "time", "gradient"))]
@@ -215,10 +222,11 @@ def overhead_cells() -> list[dict]:
 # %% ../nbs/12ca_overhead.ipynb #ab9764f5
 def gate_cells() -> list[dict]:
     "All cells, most important first."
+    profile = lambda gate: dict(kind="gated_profile", model=SMALL_ONE, way="ours_graphs", frames=32, gate=gate)
     gates = lambda way, rounds, *kinds: dict(kind="gates", model=SMALL_ONE, way=way, frames=32, gates=["none", *kinds], rounds=rounds)
     step = lambda model, way, frames, **more: dict(kind="step", model=model, way=way, frames=frames, **more)
     gated = lambda way, frames, rank, gate="rank": dict(kind="gated", model=SMALL_ONE, way=way, frames=frames, rank=rank, gate=gate)
-    return [gates("ours_graphs", 14, "rank", "scalar", "time", "gradient"), gates("stock_labels", 14, "rank"), gates("ours", 20, "rank"),
+    return [gates("ours_graphs", 14, "rank", "scalar", "time", "gradient"), profile("none"), profile("rank"), gates("stock_labels", 14, "rank"), gates("ours", 20, "rank"),
             dict(kind="gated_gradient", model=SMALL_ONE, frames=4, gate="rank", ways=["ours", "ours_graphs"]), step("idefics-9b", "ours", 16),
             step("idefics-9b", "stock_labels", 16), dict(kind="liger", model=SMALL_ONE, frames=32), *(step(SMALL_ONE, w, 32) for w in ("blocks", "stock_labels", "ours", "ours_graphs")),
             step(BIG, "ours_graphs", 32), gated("ours", 48, 8), gated("ours_graphs", 24, 32), step("idefics-9b", "ours", 8, rank=32), step(BIG, "ours", 48, rank=8),

@@ -74,9 +74,9 @@ def collect(params, args):
 
 
 def bench(params, args):
-    "Cells of the low-memory step, until the deadline; `mmqlora.overhead` says which."
-    from mmqlora.overhead import lease, lease_cells
-    lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=lease_cells())
+    "Gates with CUDA graphs, then the targets of the low-memory step, until the deadline."
+    from mmqlora.overhead import gate_cells, lease, target_cells
+    lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=gate_cells()[:3] + target_cells())
 
 
 def _one_size(config, out, commit, file, *rest):
