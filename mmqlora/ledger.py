@@ -24,6 +24,13 @@ def _register():
     if torch.ops.bitsandbytes.gemm_4bit not in flop_registry:
         @register_flop_formula(torch.ops.bitsandbytes.gemm_4bit)
         def _(a, b, shape, *args, out_shape=None, **kwargs): return 2*prod(a)*shape[0]
+    for eight in (torch.ops.bitsandbytes.int8_linear_matmul, torch.ops.bitsandbytes.int8_scaled_mm):
+        if eight in flop_registry: continue
+        @register_flop_formula(eight)
+        def _(a, b, *args, out_shape=None, **kwargs): return 2*prod(a)*b[0]
+    if torch.ops.bitsandbytes.int8_mixed_scaled_mm not in flop_registry:
+        @register_flop_formula(torch.ops.bitsandbytes.int8_mixed_scaled_mm)
+        def _(x, a, b, *args, out_shape=None, **kwargs): return 2*prod(a)*b[0]
     if torch.ops.aten.addmm_ not in flop_registry:
         @register_flop_formula(torch.ops.aten.addmm_)
         def _(to, a, b, out_shape=None, **kwargs): return 2*a[0]*a[1]*b[1]

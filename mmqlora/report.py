@@ -67,8 +67,7 @@ def check_record(record:dict, where):
     for key, kind in FIELDS.items():
         if not isinstance(record[key], kind): raise InputError(f"{where}: {key}", f"expected {kind.__name__}, found {type(record[key]).__name__}")
     _need(where, record["metrics"], METRICS, "metrics.")
-    for name in METRICS + [m for m in LATER["metrics"] if m in record["metrics"]]:
-        _need(where, record["metrics"][name], ("value", "n", "ci95", "seeds"), f"metrics.{name}.")
+    for name in METRICS + [m for m in LATER["metrics"] if m in record["metrics"]]: _need(where, record["metrics"][name], ("value", "n", "ci95", "seeds"), f"metrics.{name}.")
     _need(where, record["cost"], COSTS, "cost.")
     for name in LATER["cost"]:
         if not isinstance(record["cost"].get(name, 0), (int, float)): raise InputError(f"{where}: cost.{name}", "expected a number")

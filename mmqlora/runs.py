@@ -162,6 +162,7 @@ def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measu
     cost |= dict(start_seconds=round(ready - begin, 2), total_seconds=round(time.perf_counter() - begin, 2))
     return dict(seed=seed, log=log, results=results, cost=cost, audit=about, beyond=beyond)
 
+# %% ../nbs/12a_runs.ipynb #c4e0917f
 def _counts(trainer, memory) -> dict:
     trainer.model.train()
     if memory is not None: trainer.fits_or_raise(memory)
