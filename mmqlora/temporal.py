@@ -617,6 +617,7 @@ def _give_space(base, name:str, layer, state:FrameState):
         del layer.lora_variant[adapter]
         if adapter in layer.lora_gate: del layer.lora_gate[adapter]
 
+# %% ../nbs/08_temporal.ipynb #130b312b
 def wire_gates(
     model,                            # A `PeftModel`
     tokens_per_frame:int|None=None,   # Visual tokens per frame, if the family's own number is not right
