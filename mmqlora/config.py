@@ -119,6 +119,7 @@ class CorpusConfig(Strict):
     clips: dict[Split, int] = {}                    # Clips generated per split; none of an imported corpus
     side: int | None = Field(None, ge=16)           # Pixels a side of the files; None: as MMEvents defines them
 
+# %% ../nbs/01_config.ipynb #e6792d10
 class FramesConfig(Strict):
     "Frame selection: which budget, which size, which selectors are prepared."
     budgets: list[Annotated[int, Field(ge=1)]]      # K, frames per clip: every one that a run uses

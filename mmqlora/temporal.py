@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
            'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'from_table', 'TokenGates', 'variant_of',
-           'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'GatedLinear',
+           'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'Told', 'GatedLinear',
            'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'FrameInput', 'entrance',
            'gated_layers', 'wire_gates', 'takes_signals', 'set_frame_signals', 'standardized']
 
@@ -398,10 +398,6 @@ class Gated:
     def resolve_lora_variant(self, *, config, **kwargs):
         return GateVariant(config) if isinstance(config, TemporalLoraConfig) else super().resolve_lora_variant(config=config, **kwargs)
 
-    def merge(self, safe_merge:bool=False, adapter_names=None):
-        if self.frame_state is not None: self.frame_state.refuse_merge(adapter_names or self.active_adapters)
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
     def _mixed_batch_forward(self, x, *args, adapter_names, alora_offsets=None, **kwargs):
         told = self.frame_state and self.frame_state.told
         if told and set(adapter_names) & set(told.lora_input): raise InputError("adapter_names", "an adapter with gate 'input' cannot share a batch", "give it a batch of its own")
@@ -417,9 +413,24 @@ class Gated:
             out[at] = new.to(out.dtype)
         return out
 
-class GatedLinear(Gated, Linear): quantized = False
-class GatedLinear4bit(Gated, Linear4bit): pass
-class GatedLinear8bit(Gated, Linear8bitLt): pass
+# %% ../nbs/08_temporal.ipynb #4ffdeb5c
+class Told(Gated):
+    "A gated layer that passes on what peft asks of it to the map of input signals, which peft does not know."
+    def set_adapter(self, *args, **kwargs):
+        super().set_adapter(*args, **kwargs)
+        if self.frame_state and self.frame_state.told: self.frame_state.told.set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name:str):
+        super().delete_adapter(adapter_name)
+        if self.frame_state and self.frame_state.told: self.frame_state.told.delete_adapter(adapter_name)
+
+    def merge(self, safe_merge:bool=False, adapter_names=None):
+        if self.frame_state: self.frame_state.refuse_merge(adapter_names or self.active_adapters)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+class GatedLinear(Told, Linear): quantized = False
+class GatedLinear4bit(Told, Linear4bit): pass
+class GatedLinear8bit(Told, Linear8bitLt): pass
 
 LAYERS = {bnb.nn.Linear4bit: GatedLinear4bit, bnb.nn.Linear8bitLt: GatedLinear8bit, nn.Linear: GatedLinear}
 
@@ -606,6 +617,7 @@ def _give_space(base, name:str, layer, state:FrameState):
         del layer.lora_variant[adapter]
         if adapter in layer.lora_gate: del layer.lora_gate[adapter]
 
+# %% ../nbs/08_temporal.ipynb #130b312b
 def wire_gates(
     model,                            # A `PeftModel`
     tokens_per_frame:int|None=None,   # Visual tokens per frame, if the family's own number is not right
