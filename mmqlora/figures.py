@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'SPLITS', 'BASIC', 'METHODS', 'REFERENCE', 'SELECTORS', 'GATES', 'RANKS', 'BASELINES', 'FEW', 'UNGATED',
-           'FEWEST', 'COLUMN', 'PAGE', 'PALETTE', 'MARKERS', 'LOOK', 'SELECTOR_STYLE', 'COST_AXES', 'GAIN', 'BIG',
-           'WAY_NAMES', 'differing', 'kib', 'uniform_ranks', 'drawn', 'canvas', 'plain_ticks', 'save_figure', 'summary',
-           'mark', 'seed_dots', 'main_figure', 'selectors_figure', 'gates_figure', 'selection_figure', 'contact_figure',
-           'scaling_points', 'close_ticks', 'change_text', 'size_ticks', 'laws_figure', 'comparable', 'cost_axes',
-           'pareto_figure', 'errors_figure', 'step_cells', 'efficiency_figure', 'planner_figure', 'effective_rank',
-           'effective_ranks', 'spectra_figure', 'gatemap_figure', 'gallery_figure']
+           'FEWEST', 'COLUMN', 'PAGE', 'PALETTE', 'MARKERS', 'LOOK', 'SELECTOR_STYLE', 'COST_AXES', 'GAIN', 'NEAR',
+           'BIG', 'WAY_NAMES', 'differing', 'kib', 'uniform_ranks', 'drawn', 'canvas', 'plain_ticks', 'save_figure',
+           'summary', 'mark', 'seed_dots', 'main_figure', 'selectors_figure', 'gates_figure', 'selection_figure',
+           'contact_figure', 'scaling_points', 'close_ticks', 'change_text', 'size_ticks', 'laws_figure', 'comparable',
+           'cost_axes', 'pareto_figure', 'errors_figure', 'step_cells', 'efficiency_figure', 'planner_figure',
+           'effective_rank', 'effective_ranks', 'spectra_figure', 'gatemap_figure', 'gallery_figure']
 
 # %% ../nbs/14_figures.ipynb #d3a75efc
 import functools
@@ -254,28 +254,28 @@ def laws_figure(panels:dict) -> Figure:
 # %% ../nbs/14_figures.ipynb #ba6046a5
 COST_AXES = (dict(trainable_bytes=("trainable, KiB", 1024)),
              dict(peak_bytes=("peak memory, MiB", 2**20), peak_gpu_bytes=("peak memory, GiB", 2**30), peak_rss_bytes=("memory of the process, GiB", 2**30)),
-             dict(flops=("GFLOP per step", 1e9)), dict(step_cpu_ms=("CPU time per step, ms", 1), train_seconds=("training, s", 1)))
-GAIN = .01                                            # what a run on the front has to gain over the cheaper ones to be named
+             dict(flops=("GFLOP per step", 1e9)), dict(step_cpu_ms=("CPU time per step, ms", 1)))
+GAIN, NEAR = .03, 1.05                                # what a run on the front gains over the cheaper ones to be named; a factor of cost that is none
 
 def comparable(records:dict) -> dict:
-    "Trained runs on the reference's base that have at least as many seeds as most runs."
+    "Trained runs on the reference's base, clips and tasks that have at least as many seeds as most runs."
     trained = {r: x for r, x in records.items() if x["config"]["steps"] and kib(x)}
     usual = np.bincount([len(x["config"]["seeds"]) for x in trained.values()]).argmax()
-    return {r: x for r, x in trained.items() if x["config"]["base"] == records[REFERENCE]["config"]["base"] and len(x["config"]["seeds"]) >= usual}
+    def common(record): return [record["config"].get(k) for k in ("base", "train_clips", "tasks", "audio")]
+    return {r: x for r, x in trained.items() if common(x) == common(records[REFERENCE]) and len(x["config"]["seeds"]) >= usual}
 
 def cost_axes(records:dict) -> dict:
-    "Key -> (label, unit) of the costs that all `records` know: the first of each of `COST_AXES`; seconds only where operations are not counted."
+    "Key -> (label, unit) of the costs that all `records` know: the first of each of `COST_AXES`."
     found = [next(((key, label) for key, label in axis.items() if all(r["cost"].get(key) for r in records.values())), None) for axis in COST_AXES]
-    known = dict(filter(None, found))
-    if "flops" in known: known.pop("train_seconds", None)
-    return known
+    return dict(filter(None, found))
 
 # %% ../nbs/14_figures.ipynb #8df272dd
 def _front(x, quality) -> list[int]:
-    "Of the Pareto front, by rising cost, the runs that gain `GAIN` or more over the last one kept."
+    "Of the Pareto front, by rising cost, the best of those whose costs are near, if they gain `GAIN` or more over the last one kept."
     kept = []
     for i in pareto_front(x, quality):
-        if not kept or quality[i] - quality[kept[-1]] >= GAIN: kept.append(i)
+        if kept and x[i] <= NEAR*x[kept[-1]]: kept[-1] = i
+        elif not kept or quality[i] - quality[kept[-1]] >= GAIN: kept.append(i)
     return kept
 
 def _costs(ax, records:dict, name:str, axis:str, unit:float, styles:dict):

@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'GPU_GROUPS',
            'GPU_PLAN', 'GPU_ADDED', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
-           'EXTENDED', 'GPU_EXTENDED', 'EXPECTED', 'IN_SHORT', 'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES',
-           'LOSSES', 'SHORT', 'LEAN', 'CALIBRATED', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'QUOTED', 'PLACES',
-           'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Evidence', 'load_gpu', 'load_evidence',
-           'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare',
-           'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict', 'metric_macros',
-           'cost_macros', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros',
-           'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros',
-           'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros', 'efficiency_macros',
-           'names_of', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros', 'tabular',
-           'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table',
-           'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'extended_table',
-           'interactions_table', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table', 'abilities_table',
-           'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table', 'methodsteps_table',
-           'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table',
-           'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table',
-           'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
-           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'EXTENDED', 'GPU_EXTENDED', 'EXPECTED', 'LEAST', 'IN_SHORT', 'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS',
+           'AXES', 'LOSSES', 'SHORT', 'LEAN', 'CALIBRATED', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'QUOTED',
+           'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Evidence', 'load_gpu',
+           'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name',
+           'contrast', 'compare', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes',
+           'verdict', 'metric_macros', 'cost_macros', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
+           'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
+           'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros',
+           'efficiency_macros', 'names_of', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged',
+           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
+           'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
+           'extended_table', 'interactions_table', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table',
+           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
+           'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
+           'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table',
+           'provenance_table', 'laws_table', 'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure',
+           'markdown_table', 'verdicts_markdown', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report',
+           'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -41,7 +42,7 @@ from .figures import (BASELINES, BASIC, BIG, FEW, FEWEST, GATES, MEASURES, METHO
 from .errors import FIRST, KINDS, error_counts, first_errors
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
-from .statistics import cohens_d, seeded_contrast
+from .statistics import cohens_d, over_seeds, seeded_contrast
 from .scenes import CORRUPTIONS
 
 # %% ../nbs/14a_report.ipynb #c6087d33
@@ -240,7 +241,7 @@ INTERACTIONS = {                                      # the first pair's differe
     "C20": [(("tqlora", "qlora-uniform-k4"), ("tqlora-k8", "qlora-uniform"), "exact"), (("tqlora-k2", "qlora-uniform-k2"), ("tqlora-k8", "qlora-uniform"), "exact")],
 }
 _G4, _G8, _G16 = ("qlora-k8", "qlora-k4"), ("qlora", "qlora-k8"), ("qlora-k32", "qlora")
-GPU_INTERACTIONS = {"C14": [(_K2, _G16, "exact"), (_K2, _G4, "exact"), (_G4, _G8, "exact"), (_G8, _G16, "exact"), (_K2, _G8, "exact")], "C20": []}
+GPU_INTERACTIONS = {"C14": [(_K2, _G16, "exact"), (_K2, _G8, "exact"), (_K2, _G4, "exact"), (_G4, _G8, "exact"), (_G8, _G16, "exact")], "C20": []}
 EXTENDED = {
     "C17": [("all", "qlora", "exact"), ("all", "qlora-cover", "exact"), ("all-k4", "qlora-cover-k4", "exact"), ("all-k4", "tqlora-cover", "exact")],
     "C18": [("tqlora", "qlora-signals", "exact"), ("qlora-signals", "qlora-uniform-k4", "exact")],
@@ -264,7 +265,7 @@ def contrast(records:dict, weights:dict, metric:str, split:str="test", only=None
     kept = np.arange(len(groups[0])) if only is None else np.flatnonzero(only)
     at = np.array(groups[0])[kept]
     scores = {run: np.array(records[run]["per_clip"][name], float)[:, kept] for run in weights}
-    x = sum(w*np.nanmean(scores[run], 0) for run, w in weights.items())
+    x = sum(w*over_seeds(scores[run]) for run, w in weights.items())
     seeded = seeded_contrast([(w, scores[run]) for run, w in weights.items()], at)
     least, most = bootstrap_ci(x, at)
     return dict(difference=float(np.nanmean(x)), low=seeded["low"], high=seeded["high"], ps=seeded["p"], least=least, most=most,
@@ -313,15 +314,17 @@ EXPECTED = {
     "C18": {("qlora-signals", "qlora-uniform-k4"): None}, "C20": {("tqlora-k8", "qlora-uniform"): None},
 }
 
+LEAST = .02                                           # a difference smaller than that is not called one, whatever its p
+
 def expected(row:dict) -> tuple|None:
     "(side, margin): where the claim of a comparison says that its difference lies; side ~ is within the margin of 0."
     said, pair = EXPECTED.get(row["claim"], {}), (row["a"], row["b"])
     return said[pair] if pair in said else said.get((*pair, row["metric"]), (">", 0.))
 
 def _side(said:tuple, difference:float, low:float, high:float, p:float) -> str:
-    "As claimed or against where the interval lies on one side of the margin (without a margin: where p is below .05), else open."
+    "As claimed or against where the interval lies on one side of the margin (without a margin: where p is below .05 and the difference at least `LEAST`), else open."
     side, margin = said
-    if margin == 0: return "open" if p >= .05 or difference == 0 else "as claimed" if (difference > 0) == (side == ">") else "against"
+    if margin == 0: return "open" if p >= .05 or abs(difference) < LEAST else "as claimed" if (difference > 0) == (side == ">") else "against"
     if side == "~": return "as claimed" if -margin < low and high < margin else "against" if low > margin or high < -margin else "open"
     above, below = low > margin, high < margin
     return "open" if not (above or below) else "as claimed" if above == (side == ">") else "against"
@@ -418,12 +421,14 @@ def key_row(e:Evidence, tier:str, claim:str) -> dict|None:
     return next(iter(rows), None)
 
 def verdict_macros(e:Evidence) -> dict:
-    "verdict.<claim>: in short; verdict.<claim>.<own, gpu>: as claimed, against, open or not run; .key: its key difference with interval."
+    "verdict.<claim>: in short; verdict.<claim>.<own, gpu>: as claimed, against, open or not run; .key: its key difference with interval; .count: how many as claimed."
     out = {f"verdict.{c}": text for c, text in IN_SHORT.items()}
     for name, tier in (("own", e.tier), ("gpu", "gpu")):
         for claim in claims():
             row = key_row(e, tier, claim)
-            out |= {f"verdict.{claim}.{name}": verdict(e.outcomes[tier].get(claim)), f"verdict.{claim}.{name}.key": told(row) if row else "not run"}
+            found = e.outcomes[tier].get(claim, Counter())
+            out |= {f"verdict.{claim}.{name}": verdict(found), f"verdict.{claim}.{name}.key": told(row) if row else "not run",
+                    f"verdict.{claim}.{name}.count": f"{found['as claimed']} of {found.total()}"}
         counts = Counter(out[f"verdict.{c}.{name}"] for c in claims())
         out |= {f"verdict.{name}.{kind.replace(' ', '_')}": str(counts[kind]) for kind in ("as claimed", "against", "open", "not run")}
     return out
@@ -832,18 +837,25 @@ def outcomes_table(e:Evidence) -> str:
     rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims()]
     return tabular("lrrrrrr", [_groups([rf"Tier \texttt{{{t}}}" for t in found], 3), ["Claim", *("As claimed", "Against", "Open")*2]], rows)
 
+# %% ../nbs/14a_report.ipynb #69d50235
+def _named(row:dict, name, claim:str) -> str:
+    "A comparison, or a difference of two, in words."
+    pairs = [(row["a"], row["b"])] if isinstance(row["a"], str) else [row["a"], row["b"]]
+    return " less ".join(" $-$ ".join(map(name, pair)) for pair in pairs) + (f", {_measure(row['metric'])}" if row["metric"] != "exact" else "") + ", ood"*(claim == "C7")
+
 def _verdict_rows(e:Evidence, name=run_name) -> list[list[str]]:
-    "Claim, in short, the key comparison, then verdict and key difference of each tier."
+    "Claim, in short, the key comparison (of each tier, where they differ), then verdict and key difference of each tier."
     said, rows = verdict_macros(e), []
     for claim in claims():
-        row = next(filter(None, (key_row(e, tier, claim) for tier in (e.tier, "gpu"))), None)
-        pairs = [] if row is None else [(row["a"], row["b"])] if isinstance(row["a"], str) else [row["a"], row["b"]]
-        told = " less ".join(" $-$ ".join(map(name, pair)) for pair in pairs) + (f", {_measure(row['metric'])}" if row and row["metric"] != "exact" else "") + ", ood"*(claim == "C7")
-        rows.append([claim, IN_SHORT[claim], told or "--", *(said[f"verdict.{claim}.{t}{k}"] for t in ("own", "gpu") for k in ("", ".key"))])
+        told = list(dict.fromkeys(_named(row, name, claim) for tier in (e.tier, "gpu") if (row := key_row(e, tier, claim))))
+        def part(t):
+            word, n = said[f"verdict.{claim}.{t}"], said[f"verdict.{claim}.{t}.count"]
+            return ["--", "--"] if word == "not run" else [f"{word} ({n})", said[f"verdict.{claim}.{t}.key"].replace("not run", "--")]
+        rows.append([claim, IN_SHORT[claim], "; gpu: ".join(told) or "--", *part("own"), *part("gpu")])
     return rows
 
 def verdicts_table(e:Evidence) -> str:
-    "A row per claim: what became of it on each tier, with its key comparison."
+    "A row per claim: what became of it on each tier, with how many of its comparisons came out as claimed, and its key comparison."
     over = rf" & & & \multicolumn{{2}}{{c}}{{Tier \texttt{{{e.tier}}}}} & \multicolumn{{2}}{{c}}{{Tier \texttt{{gpu}}}} \\ \cmidrule(lr){{4-5}}\cmidrule(lr){{6-7}}"
     return tabular("lllllll", [over, ["Claim", "In short", "Key comparison", *["Verdict", "Difference"]*2]], _verdict_rows(e))
 
@@ -985,7 +997,7 @@ def oodpairs_table(e:Evidence) -> str:
     def line(records, a, b):
         parts = ood_parts(records[a])
         found = {k: compare(records, a, b, "exact", "ood", only) for k, only in parts.items()}
-        ends = lambda r: (number(r["difference"]), f"[{number(r['low'])}, {number(r['high'])}]") if r else "--"
+        ends = lambda r: (number(r["difference"]), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]") if r else "--"
         return [run_name(a), run_name(b), *(ends(found.get(k)) for k in ("", "rest", *kinds))]
     header = ["First", "Second", "All", f"But {DEAD}", *map(str.capitalize, kinds)]
     return tabular("ll" + "r"*(len(kinds) + 2), [header], _parts(e.tiers, lambda records: [line(records, *pair) for pair in _pairs(records)], len(header)))
