@@ -272,10 +272,10 @@ def cost_axes(records:dict) -> dict:
 # %% ../nbs/14_figures.ipynb #8df272dd
 def _front(x, quality) -> list[int]:
     "Of the Pareto front, by rising cost, the best of those whose costs are near, if they gain `GAIN` or more over the last one kept."
-    kept = []
+    kept, first = [], 0.
     for i in pareto_front(x, quality):
-        if kept and x[i] <= NEAR*x[kept[-1]]: kept[-1] = i
-        elif not kept or quality[i] - quality[kept[-1]] >= GAIN: kept.append(i)
+        if kept and x[i] <= NEAR*first: kept[-1] = i
+        elif not kept or quality[i] - quality[kept[-1]] >= GAIN: kept.append(i); first = x[i]
     return kept
 
 def _costs(ax, records:dict, name:str, axis:str, unit:float, styles:dict):
