@@ -289,6 +289,7 @@ def _costs(ax, records:dict, name:str, axis:str, unit:float, styles:dict):
         style = styles.setdefault(runs[i], dict(color=PALETTE[len(styles) % 10], marker=MARKERS[len(styles) % 8], label=runs[i]))
         mark(ax, [x[i]], y[[i]], **style)
 
+# %% ../nbs/14_figures.ipynb #a4125bf8
 @drawn
 def pareto_figure(tiers:dict, name:str="test.exact") -> Figure:
     "{tier: records}: metric `name` against every cost that is known, a row per tier; the Pareto front of each, its runs in color, with intervals."
