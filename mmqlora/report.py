@@ -732,6 +732,7 @@ def gates_table(e:Evidence) -> str:
     def gate(r): return "--" if r["config"]["gate"] == "none" else r["config"]["gate"]
     def fed(r):
         c = r["config"]
+        if r["run"] == "qlora-signals": return "dense, as input"
         return "--" if c["gate"] == "none" else c["signals"] if c["gate_signal"] == "motion" else c["gate_signal"]
     def runs(records): return list(dict.fromkeys([*_among(records, GATES, UNGATED), *(r for r in BESIDE if r in records)]))
     return measure_table(e.tiers, runs, ("exact", "transient", "order", "loss"), ("exact",), {"Frames": _config("selector"), "$K$": _config("frames"), "Gate": gate, "Signal": fed, "Params": _params})
