@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
-           'GPU_PLAN', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'EXPECTED', 'DIMINISH', 'DATA_LAW', 'AXES', 'LOSSES',
-           'SHORT', 'LEAN', 'CALIBRATED', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
-           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
-           'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'expected', 'outcome', 'survives',
-           'outcomes', 'metric_macros', 'cost_macros', 'diff_macros', 'claim_macros', 'ood_macros', 'about_macros',
-           'everywhere', 'laws', 'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors',
-           'planner_delays', 'gate_macros', 'efficiency_macros', 'names_of', 'gpu_macros', 'by_corruption',
-           'beyond_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
-           'gates_table', 'ranks_table', 'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table',
-           'significance_table', 'outcomes_table', 'audit_table', 'corpus_table', 'abilities_table', 'processor_table',
-           'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table', 'methodsteps_table',
-           'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table',
-           'tuned', 'hyper_sections', 'hyper_table', 'provenance_table', 'laws_table', 'errors_table', 'examples_table',
-           'all_laws_figure', 'markdown_table', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report',
+           'GPU_PLAN', 'GPU_ADDED', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
+           'EXTENDED', 'GPU_EXTENDED', 'EXPECTED', 'LEAST', 'IN_SHORT', 'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS',
+           'AXES', 'LOSSES', 'SHORT', 'LEAN', 'CALIBRATED', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'QUOTED',
+           'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Evidence', 'load_gpu',
+           'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name',
+           'contrast', 'compare', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes',
+           'verdict', 'metric_macros', 'cost_macros', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
+           'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
+           'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros',
+           'efficiency_macros', 'names_of', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged',
+           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
+           'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
+           'extended_table', 'interactions_table', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table',
+           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
+           'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
+           'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table',
+           'provenance_table', 'laws_table', 'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure',
+           'markdown_table', 'verdicts_markdown', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report',
            'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
@@ -32,13 +36,13 @@ import numpy as np
 
 from .config import Params, load_params, run_config, under
 from .core import InputError, content_hash, read_json, repo_path, write_text
-from .figures import (BASELINES, BIG, FEW, FEWEST, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, contact_figure, effective_ranks, gallery_figure, gatemap_figure, spectra_figure,
+from .figures import (BASELINES, BASIC, BIG, FEW, FEWEST, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, contact_figure, effective_ranks, gallery_figure, gatemap_figure, spectra_figure,
                              differing, efficiency_figure, gates_figure, kib, laws_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
-from .errors import KINDS, error_counts
+from .errors import FIRST, KINDS, error_counts, first_errors
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
-from .statistics import cohens_d
+from .statistics import cohens_d, over_seeds, seeded_contrast
 from .scenes import CORRUPTIONS
 
 # %% ../nbs/14a_report.ipynb #c6087d33
@@ -106,6 +110,7 @@ class Files:
     cpu: dict                                         # results/benchmarks/cpu.json
     sizes: dict                                       # models/<base> -> parameters of the bases that runs name
     draws: int = 200                                  # Bootstrap laws
+    gpu_tune: dict|None = None                        # results/gpu-tune.json
 
 # %% ../nbs/14a_report.ipynb #5b20d6fe
 class Evidence(Files):
@@ -119,9 +124,17 @@ class Evidence(Files):
         "tier -> its planned comparisons."
         return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED)}
     @cached_property
+    def added(self) -> dict:
+        "tier -> the comparisons of runs that were made after the plan."
+        return {self.tier: comparisons(self.records, EXTENDED), "gpu": comparisons(self.gpu, EXTENDED | GPU_EXTENDED)}
+    @cached_property
+    def doubled(self) -> dict:
+        "tier -> its differences of differences."
+        return {self.tier: interactions(self.records, INTERACTIONS), "gpu": interactions(self.gpu, INTERACTIONS | GPU_INTERACTIONS)}
+    @cached_property
     def outcomes(self) -> dict:
         "tier -> what became of its claims."
-        return {tier: outcomes(records, self.tested[tier]) for tier, records in ((self.tier, self.records), ("gpu", self.gpu))}
+        return {tier: outcomes(records, self.tested[tier] + self.added[tier] + self.doubled[tier]) for tier, records in ((self.tier, self.records), ("gpu", self.gpu))}
     @cached_property
     def laws(self) -> dict:
         "tier -> {name: its law}."
@@ -134,17 +147,23 @@ GPU_GROUPS = ("zeroshot full lora qlora qdora bottleneck prefix qlora-int8 qlora
     "qlora-k2 qlora-k8 qlora-k32 qlora-d400 qlora-d1600", "qlora-tasks full-tasks")
 GPU_PLAN = " ".join(GPU_GROUPS).split()
 
-def load_gpu(folder="results/gpu") -> dict:
-    "run -> result record for every complete record in `folder`, in the order of `GPU_PLAN`; {} without the folder."
-    found = {p.stem: read_json(p) for p in repo_path(folder).glob("*.json")}
-    return {run: found[run] for run in GPU_PLAN if run in found and _complete(found[run], f"{folder}/{run}.json")}
+GPU_ADDED = ("all all-k4 tqlora-time tqlora-gradient tqlora-k2 tqlora-constant-k2 tqlora-k8 qlora-signals qlora-text-r10 qlora-uniform-k2").split()    # beyond the plan
 
-def _complete(record, where) -> bool:
-    try: check_record(record, where)
-    except InputError: return False
-    return True
+def _checked(record:dict, run:str, params:Params, where:str) -> dict:
+    "The record, if it is whole and was made with the settings of params.yaml; else an `InputError`."
+    check_record(record, where)
+    if run not in params.runs: raise InputError(where, f"the tier gpu has no run '{run}'", "name it in profiles.gpu of params.yaml, or remove the file")
+    if record["config_hash"] != content_hash(run_config(params, run).model_dump()): raise InputError(where, "made with other settings than those in params.yaml")
+    return record
 
-def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json") -> Evidence:
+def load_gpu(folder="results/gpu", params:Params|None=None) -> dict:
+    "run -> result record for every file in `folder`, each checked, in the order of `GPU_PLAN`, then what was added; {} without the folder."
+    order, params = [*GPU_PLAN, *GPU_ADDED], under(params or load_params(), "gpu")
+    found = {p.stem: _checked(read_json(p), p.stem, params, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))}
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+# %% ../nbs/14a_report.ipynb #a43ea011
+def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json", gpu_tune="results/gpu-tune.json") -> Evidence:
     "Read all that the report needs; whatever is missing is an `InputError` that names it."
     params = load_params()
     weights = repo_path(base, "model.safetensors")
@@ -155,7 +174,7 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
     sizes = {b: read_json(repo_path(b, "log.json"))["params"] for b in sorted({r["config"]["base"] for r in records.values()})}
     return Evidence(tier, params, records, sizes=sizes, contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
                     base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(),
-                    cpu=read_json(repo_path(cpu)), **read)
+                    cpu=read_json(repo_path(cpu)), gpu_tune=read_json(repo_path(gpu_tune)) if repo_path(gpu_tune).is_file() else None, **read)
 
 # %% ../nbs/14a_report.ipynb #5716c83c
 def decimals(metric:str) -> int:
@@ -214,32 +233,77 @@ GPU_PLANNED = {                                       # the claims that the tier
     "C16": [("tqlora-cover", "qlora-cover-k4", "exact"), ("full-k4", "full-uniform-k4", "exact")],
 }
 
-SURVIVES = [("qlora", "qlora-uniform"), ("qlora-cover-k4", "qlora-uniform-k4"), ("tqlora", "qlora-uniform-k4"), ("tqlora", "tqlora-constant")]   # C7
+SURVIVES = [("qlora", "qlora-uniform"), ("qlora-cover-k4", "qlora-uniform-k4"), ("tqlora", "qlora-uniform-k4"), ("tqlora", "tqlora-constant"), ("tqlora-cover", "qlora-cover-k4")]   # C7
+
+# %% ../nbs/14a_report.ipynb #b97e5465
+_K2, _K4, _K8 = ("qlora-k4", "qlora-k2"), ("qlora", "qlora-k4"), ("qlora-k16", "qlora")        # doublings of the frames
+INTERACTIONS = {                                      # the first pair's difference is to be larger than the second's
+    "C2b": [(("qlora-k4", "qlora-uniform-k4"), ("qlora", "qlora-uniform"), "exact"), (("qlora-cover-k4", "qlora-uniform-k4"), ("qlora-cover", "qlora-uniform"), "exact")],
+    "C13": [(("qlora-d1600", "qlora-d400"), ("qlora", "qlora-d1600"), "exact")],
+    "C14": [(_K2, _K8, "exact"), (_K2, _K4, "exact"), (_K4, _K8, "exact")],
+    "C20": [(("tqlora", "qlora-uniform-k4"), ("tqlora-k8", "qlora-uniform"), "exact"), (("tqlora-k2", "qlora-uniform-k2"), ("tqlora-k8", "qlora-uniform"), "exact")],
+}
+_G4, _G8, _G16 = ("qlora-k8", "qlora-k4"), ("qlora", "qlora-k8"), ("qlora-k32", "qlora")
+GPU_INTERACTIONS = {"C14": [(_K2, _G16, "exact"), (_K2, _G8, "exact"), (_K2, _G4, "exact"), (_G4, _G8, "exact"), (_G8, _G16, "exact")], "C20": []}
+EXTENDED = {
+    "C17": [("all", "qlora", "exact"), ("all", "qlora-cover", "exact"), ("all-k4", "qlora-cover-k4", "exact"), ("all-k4", "tqlora-cover", "exact")],
+    "C18": [("tqlora", "qlora-signals", "exact"), ("qlora-signals", "qlora-uniform-k4", "exact")],
+    "C19": [("tqlora", "tqlora-time", "exact"), ("tqlora", "tqlora-gradient", "exact")],
+    "C20": [("tqlora-k2", "qlora-uniform-k2", "exact"), ("tqlora-k2", "tqlora-constant-k2", "exact"), ("tqlora-k8", "qlora-uniform", "exact")],
+    "C21": [("qlora", "qlora-text-r10", "exact")],
+}
+GPU_EXTENDED = {"C17": EXTENDED["C17"][:1] + EXTENDED["C17"][2:], "C20": EXTENDED["C20"][:2]}     # there all frames are sixteen
 
 # %% ../nbs/14a_report.ipynb #bb026531
 def full_name(metric:str, split:str="test") -> str:
     "A metric with its split."
     return metric if "." in metric else f"{split}.{metric}"
 
-def compare(records:dict, a:str, b:str, metric:str, split:str="test") -> dict:
-    "Run a minus run b on a split: mean difference over clips (each its mean over seeds), 95 % interval, paired p; unit: gallery."
-    split, name = full_name(metric, split).split(".")
-    groups = records[a]["galleries"][split]
-    if groups != records[b]["galleries"][split]: raise InputError(f"{a} against {b}", f"not the same {split} clips", f"dvc repro finetune@{a} finetune@{b}")
-    x, y = (np.nanmean(np.array(records[r]["per_clip"][f"{split}.{name}"], float), 0) for r in (a, b))
-    low, high = bootstrap_ci(x - y, groups)
-    return dict(a=a, b=b, metric=metric, difference=float(np.nanmean(x - y)), low=low, high=high, p=paired_permutation(x, y, groups), d=cohens_d(x, y))
+def contrast(records:dict, weights:dict, metric:str, split:str="test", only=None) -> dict:
+    """Sum of weight times mean of runs on a split (clips where `only` (clips,), bool): difference; low and high over galleries and the seeds of every run,
+    with p `ps`; least and most, with p `p`, over galleries for these very seeds; d."""
+    name = full_name(metric, split)
+    groups = [records[run]["galleries"][name.split(".")[0]] for run in weights]
+    if any(g != groups[0] for g in groups): raise InputError(" against ".join(weights), f"not the same {name.split('.')[0]} clips", "dvc repro " + " ".join(f"finetune@{r}" for r in weights))
+    kept = np.arange(len(groups[0])) if only is None else np.flatnonzero(only)
+    at = np.array(groups[0])[kept]
+    scores = {run: np.array(records[run]["per_clip"][name], float)[:, kept] for run in weights}
+    x = sum(w*over_seeds(scores[run]) for run, w in weights.items())
+    seeded = seeded_contrast([(w, scores[run]) for run, w in weights.items()], at)
+    least, most = bootstrap_ci(x, at)
+    return dict(difference=float(np.nanmean(x)), low=seeded["low"], high=seeded["high"], ps=seeded["p"], least=least, most=most,
+                p=paired_permutation(x, 0*x, at), d=cohens_d(x, 0*x))
+
+def compare(records:dict, a:str, b:str, metric:str, split:str="test", only=None) -> dict:
+    "Run a minus run b: `contrast`, with their names and the metric."
+    return dict(a=a, b=b, metric=metric) | contrast(records, {a: 1, b: -1} if a != b else {a: 0}, metric, split, only)
+
+# %% ../nbs/14a_report.ipynb #552a2780
+def _family(rows:list[dict]) -> list[dict]:
+    "With `padj` and `psadj`: Holm within these rows."
+    fixed, seeded = (holm({i: row[p] for i, row in enumerate(rows)}) for p in ("p", "ps"))
+    return [dict(**row, padj=fixed[i], psadj=seeded[i]) for i, row in enumerate(rows)]
+
+def _has(records:dict, metric:str, *runs) -> bool: return all(full_name(metric) in records.get(run, {"per_clip": ()})["per_clip"] for run in runs)
 
 def comparisons(records:dict, plan:dict=PLANNED) -> list[dict]:
-    "The planned comparisons whose runs are there, with `claim`, with `padj`, corrected within the claim, and with `pall`, over all of them."
-    def there(a, b, metric): return all(full_name(metric) in records.get(run, {"per_clip": ()})["per_clip"] for run in (a, b))
+    "The planned comparisons whose runs are there, with `claim`, with `padj` and `psadj`, corrected within the claim, and with `pall`, over all of them."
     rows = []
-    for claim, planned in plan.items():
-        family = [compare(records, *each) for each in planned if there(*each)]
-        adjusted = holm({i: row["p"] for i, row in enumerate(family)})
-        rows += [dict(claim=claim, **row, padj=adjusted[i]) for i, row in enumerate(family)]
+    for claim, planned in plan.items(): rows += [dict(claim=claim, **row) for row in _family([compare(records, a, b, m) for a, b, m in planned if _has(records, m, a, b)])]
     over_all = holm({i: row["p"] for i, row in enumerate(rows)})
     return [dict(**row, pall=over_all[i]) for i, row in enumerate(rows)]
+
+def interactions(records:dict, plan:dict) -> list[dict]:
+    "Differences of differences: (a - b) - (c - d), with claim, as `comparisons`; a and b name the pairs."
+    rows = []
+    for claim, planned in plan.items():
+        found = []
+        for first, second, metric in planned:
+            weights = Counter()
+            for sign_, (a, b) in ((1, first), (-1, second)): weights[a] += sign_; weights[b] -= sign_
+            if _has(records, metric, *weights): found.append(dict(a=first, b=second, metric=metric) | contrast(records, dict(weights), metric))
+        rows += [dict(claim=claim, **row) for row in _family(found)]
+    return rows
 
 # %% ../nbs/14a_report.ipynb #6021b5a7
 EXPECTED = {
@@ -249,37 +313,50 @@ EXPECTED = {
     "C8": {("qlora-tasks", "qlora", "exact"): ("<", 0.)},
     "C9": {("qlora", "zeroshot"): ("<", 0.)},
     "C10": {("qlora-sound", "qlora-deaf", "exact"): (">", -.05)},
-    "C11": {("qlora-eva", "qlora"): ("<", .03), ("qlora-entropy-ranks", "qlora"): ("<", .03)},
+    "C11": {("qlora-eva", "qlora"): ("~", .03), ("qlora-entropy-ranks", "qlora"): ("~", .03)},       # to change little: in either direction
+    "C18": {("qlora-signals", "qlora-uniform-k4"): None}, "C20": {("tqlora-k8", "qlora-uniform"): None},
 }
-DIMINISH = ("C13", "C14")                             # their steps, the last first: the last is to be worth less than the first
+
+LEAST = .02                                           # a difference smaller than that is not called one, whatever its p
 
 def expected(row:dict) -> tuple|None:
-    "(side, margin): where the claim of a comparison says that its difference lies."
+    "(side, margin): where the claim of a comparison says that its difference lies; side ~ is within the margin of 0."
     said, pair = EXPECTED.get(row["claim"], {}), (row["a"], row["b"])
     return said[pair] if pair in said else said.get((*pair, row["metric"]), (">", 0.))
 
-def outcome(row:dict) -> str|None:
-    "A comparison is as claimed, against the claim or open; None where nothing was claimed."
-    if not (said := expected(row)): return None
+def _side(said:tuple, difference:float, low:float, high:float, p:float) -> str:
+    "As claimed or against where the interval lies on one side of the margin (without a margin: where p is below .05 and the difference at least `LEAST`), else open."
     side, margin = said
-    right = row["difference"] > margin if side == ">" else row["difference"] < margin
-    surely = row["padj"] < .05 if margin == 0 else row["low"] > margin if side == ">" else row["high"] < margin
-    return "as claimed" if right and surely else "against" if not right and row["padj"] < .05 else "open"
+    if margin == 0: return "open" if p >= .05 or abs(difference) < LEAST else "as claimed" if (difference > 0) == (side == ">") else "against"
+    if side == "~": return "as claimed" if -margin < low and high < margin else "against" if low > margin or high < -margin else "open"
+    above, below = low > margin, high < margin
+    return "open" if not (above or below) else "as claimed" if above == (side == ">") else "against"
+
+def outcome(row:dict) -> str|None:
+    "As claimed or against where the registered test and that over seeds say the same, else open; None where nothing was claimed."
+    if not (said := expected(row)): return None
+    fixed, seeded = _side(said, row["difference"], row["least"], row["most"], row["padj"]), _side(said, row["difference"], row["low"], row["high"], row["psadj"])
+    return fixed if fixed == seeded else "open"
 
 # %% ../nbs/14a_report.ipynb #4797f15b
+def _pairs(records:dict) -> list[tuple]: return [pair for pair in SURVIVES if set(pair) <= set(records)]
+
 def survives(records:dict) -> list[str]:
     "C7, an outcome for each pair of `SURVIVES` that is there: the sign of the test split, beyond doubt, is that of the split ood."
-    pairs = [[compare(records, a, b, "exact", s) for s in SPLITS] for a, b in SURVIVES if a in records and b in records]
-    return ["open" if o["low"] <= 0 <= o["high"] else "as claimed" if o["difference"]*t["difference"] > 0 else "against" for t, o in pairs]
+    pairs = [[compare(records, a, b, "exact", s) for s in SPLITS] for a, b in _pairs(records)]
+    def sure(o): return all(low > 0 or high < 0 for low, high in ((o["low"], o["high"]), (o["least"], o["most"])))
+    return ["open" if not sure(o) else "as claimed" if o["difference"]*t["difference"] > 0 else "against" for t, o in pairs]
 
 def outcomes(records:dict, tested:list[dict]) -> dict[str, Counter]:
-    "claim -> how many of its comparisons came out how."
-    families = {claim: [r for r in tested if r["claim"] == claim] for claim in dict.fromkeys(r["claim"] for r in tested)}
-    found = {claim: Counter(o for r in rows if (o := outcome(r))) for claim, rows in families.items()}
-    for claim in DIMINISH:
-        steps = [r["difference"] for r in families.get(claim, [])]
-        if len(steps) > 1: found[claim]["as claimed" if steps[0] < steps[-1] else "against"] += 1
+    "claim -> how many of its comparisons, and of its differences of differences, came out how."
+    found = {}
+    for row in tested: found.setdefault(row["claim"], Counter()).update(filter(None, [outcome(row)]))
     return found | {"C7": Counter(survives(records))}
+
+def verdict(found:Counter|None) -> str:
+    "Of a claim: against if any of its comparisons is, as claimed if all are, else open; `not run` without any."
+    if not found or not found.total(): return "not run"
+    return "against" if found["against"] else "as claimed" if found["as claimed"] == found.total() else "open"
 
 # %% ../nbs/14a_report.ipynb #3aa30a24
 def metric_macros(records:dict) -> dict:
@@ -292,34 +369,99 @@ def metric_macros(records:dict) -> dict:
         out |= {f"{run}.test.exact.{end}": number(of(record["metrics"]["test.exact"]["seeds"])) for end, of in (("least", min), ("most", max))}
     return out
 
+def _unit(c:dict, key:str, unit=1, places:int=1) -> str:
+    "A cost in a unit; a dash where a record lacks it."
+    return number(c[key]/unit, places) if c.get(key) else "--"
+
 def cost_macros(records:dict) -> dict:
-    "cost.<run>.<what>: counts, KiB, seconds, milliseconds."
+    "cost.<run>.<what>: counts, KiB, seconds, milliseconds; step_cpu_ms, gflop (per step) and peak_mib are dashes where a record lacks them."
     def row(c): return dict(trainable_params=count(c["trainable_params"]), trainable_kib=in_kib(c["trainable_bytes"]), model_kib=in_kib(c["model_bytes"]),
-                            train_seconds=count(c["train_seconds"]), step_ms=count(c["step_ms"]))
+                            train_seconds=count(c["train_seconds"]), step_ms=count(c["step_ms"]), step_cpu_ms=_unit(c, "step_cpu_ms"),
+                            gflop=_unit(c, "flops", 1e9, 2), peak_mib=_unit(c, "peak_bytes", 2**20))
     return {f"cost.{run}.{k}": v for run, record in records.items() for k, v in row(record["cost"]).items()}
 
+# %% ../nbs/14a_report.ipynb #182b9719
+def told(r:dict) -> str:
+    "A difference with its interval."
+    return f"{sign(number(r['difference']))} [{sign(number(r['low']))}, {sign(number(r['high']))}]"
+
 def diff_macros(rows:list[dict]) -> dict:
-    "diff.<a>.<b>.<metric>, .p and .padj."
+    "diff.<a>.<b>.<metric>, .lo, .hi, .p and .padj (registered), .ps and .psadj (seeds too); told.<a>.<b>.<metric>: with its interval; outcome.<a>.<b>.<metric>."
     out = {}
     for r in rows:
         key = f"diff.{r['a']}.{r['b']}.{r['metric']}"
-        out |= {key: number(r["difference"]), f"{key}.p": p_text(r["p"]), f"{key}.padj": p_text(r["padj"])}
+        out |= {key: number(r["difference"]), f"{key}.p": p_text(r["p"]), f"{key}.padj": p_text(r["padj"]), f"{key}.ps": p_text(r["ps"]), f"{key}.psadj": p_text(r["psadj"]),
+                f"{key}.lo": number(r["low"]), f"{key}.hi": number(r["high"]), f"told{key[4:]}": told(r), f"outcome{key[4:]}": outcome(r) or "not claimed"}
     return out
+
+def claims() -> list[str]:
+    "All claims, registered and added, in order."
+    named = {*PLANNED, *GPU_PLANNED, *INTERACTIONS, *GPU_INTERACTIONS, *EXTENDED, "C7"}
+    return sorted(named, key=lambda c: (int(re.sub(r"\D", "", c)), c))
 
 def claim_macros(e:Evidence) -> dict:
     "claim.<claim>.<own, gpu>: how many of its comparisons came out as claimed, and how many against it."
     out = {}
     for name, found in zip(("own", "gpu"), e.outcomes.values()):
         for claim, n in found.items(): out[f"claim.{claim}.{name}"] = f"{n['as claimed']} of {n.total()} as claimed, {n['against'] or 'none'} against"
-    return {f"claim.{c}.{name}": "none made" for c in (*PLANNED, *GPU_PLANNED, "C7") for name in ("own", "gpu")} | out
+    return {f"claim.{c}.{name}": "none made" for c in claims() for name in ("own", "gpu")} | out
+
+# %% ../nbs/14a_report.ipynb #4272ab80
+IN_SHORT = dict(C1="Four-bit storage costs little", C2="Frames chosen by change win", C2b="More so the fewer there are", C3="The gate helps, by its signals", C4="Where rank sits matters most",
+    C5="Rank has diminishing returns", C6="No rival beats LoRA per byte", C7="Gains survive a change of domain", C8="One adapter learns all tasks", C9="What is not practised is forgotten",
+    C10="Sound is used, captions pay nothing", C11="NF4, three modalities, allocation matters little", C12="Selection matters at two frames", C13="Data has diminishing returns",
+    C14="Frames have diminishing returns", C15="A larger base is better", C16="Gate and selection add up", C17="All parts together beat each", C18="Gating beats reading the signals",
+    C19="Signals beat place and gradient gates", C20="The gate helps where frames are few", C21="Spread beats text at equal bytes")
+KEY = {"C2": ("qlora-cover-k4", "qlora-uniform-k4"), "C6": ("bottleneck", "qlora"), "C9": ("qlora", "zeroshot", "base.slots"), "C16": ("tqlora-cover", "qlora-cover-k4")}
+KEY_OOD = ("tqlora", "qlora-uniform-k4")              # of C7
+
+def key_row(e:Evidence, tier:str, claim:str) -> dict|None:
+    "The comparison that stands for a claim: that of `KEY`, else its first difference of differences or its first comparison; None where it is not there."
+    records = e.gpu if tier == "gpu" else e.records
+    if claim == "C7": return compare(records, *KEY_OOD, "exact", "ood") if set(KEY_OOD) <= set(records) else None
+    rows = [r for r in (*e.doubled[tier], *e.tested[tier], *e.added[tier]) if r["claim"] == claim] if claim != "C20" else [r for r in e.added[tier] if r["claim"] == claim]
+    if claim in KEY: rows = [r for r in rows if (r["a"], r["b"], r["metric"])[:len(KEY[claim])] == KEY[claim]]
+    return next(iter(rows), None)
+
+def verdict_macros(e:Evidence) -> dict:
+    "verdict.<claim>: in short; verdict.<claim>.<own, gpu>: as claimed, against, open or not run; .key: its key difference with interval; .count: how many as claimed."
+    out = {f"verdict.{c}": text for c, text in IN_SHORT.items()}
+    for name, tier in (("own", e.tier), ("gpu", "gpu")):
+        for claim in claims():
+            row = key_row(e, tier, claim)
+            found = e.outcomes[tier].get(claim, Counter())
+            out |= {f"verdict.{claim}.{name}": verdict(found), f"verdict.{claim}.{name}.key": told(row) if row else "not run",
+                    f"verdict.{claim}.{name}.count": f"{found['as claimed']} of {found.total()}"}
+        counts = Counter(out[f"verdict.{c}.{name}"] for c in claims())
+        out |= {f"verdict.{name}.{kind.replace(' ', '_')}": str(counts[kind]) for kind in ("as claimed", "against", "open", "not run")}
+    return out
 
 # %% ../nbs/14a_report.ipynb #f2607b30
-def ood_macros(records:dict) -> dict:
-    "ood.<a>.<b>.exact with .lo, .hi and .p: the differences that C7 wants to keep their sign, on the split ood."
+def more_macros(rows:list[dict]) -> dict:
+    "more.<a>.<b>.<c>.<d>.<metric>: a - b less c - d with its interval; .ps, .psadj; .outcome."
     out = {}
-    for a, b in (pair for pair in SURVIVES if set(pair) <= set(records)):
-        r, key = compare(records, a, b, "exact", "ood"), f"ood.{a}.{b}.exact"
-        out |= {key: number(r["difference"]), f"{key}.lo": number(r["low"]), f"{key}.hi": number(r["high"]), f"{key}.p": p_text(r["p"])}
+    for r in rows:
+        key = f"more.{'.'.join((*r['a'], *r['b']))}.{r['metric']}"
+        out |= {key: told(r), f"{key}.ps": p_text(r["ps"]), f"{key}.psadj": p_text(r["psadj"]), f"{key}.outcome": outcome(r) or "not claimed"}
+    return out
+
+def damaged(record:dict) -> np.ndarray:
+    "(clips,) corruption of each clip of the split ood; None where the record does not know it."
+    return np.array([(record.get("corruptions") or {}).get(g) for g in record["galleries"]["ood"]])
+
+DEAD = "brightness"                                   # halves all pixels: what was learned of colors is gone, and every run scores about 0
+def ood_parts(record:dict) -> dict:
+    "Part of the split ood -> its clips (bool): all, all but `DEAD` (`rest`), each corruption."
+    kinds = damaged(record)
+    return {"": None} | ({"rest": kinds != DEAD} | {k: kinds == k for k in dict.fromkeys(kinds) if k} if record.get("corruptions") else {})
+
+def ood_macros(records:dict) -> dict:
+    "ood.<a>.<b>.exact[.<corruption, rest>] with .lo, .hi, .p and .ps: the differences that C7 wants to keep their sign, on the split ood; told. as for diff."
+    out = {}
+    for a, b in _pairs(records):
+        for part, only in ood_parts(records[a]).items():
+            r, key = compare(records, a, b, "exact", "ood", only), f"ood.{a}.{b}.exact" + f".{part}"*bool(part)
+            out |= {key: number(r["difference"]), f"{key}.lo": number(r["low"]), f"{key}.hi": number(r["high"]), f"{key}.p": p_text(r["p"]), f"{key}.ps": p_text(r["ps"]), f"told.{key}": told(r)}
     return out
 
 # %% ../nbs/14a_report.ipynb #94037581
@@ -347,16 +489,17 @@ def everywhere(records:dict) -> list[str]:
     "The reference and other ranks and allocations, without placements that leave a modality out."
     return [r for r in differing(records, RANKS) if all(records[r]["config"]["ranks"].get(m) for m in records[REFERENCE]["config"]["ranks"])]
 
+BITS = ("qlora", "qlora-int8", "lora")                # the same adapters beside weights stored with 4, 8 and 32 bits
 AXES = {"rank": uniform_ranks, "rank, out of domain": uniform_ranks, "rank, wrong captions": uniform_ranks, "frames": lambda records: differing(records, {"frames"}),
         "trained KiB": everywhere, DATA_LAW: lambda records: uniform_ranks(records) + differing(records, {"train_clips"})[1:],
-        "base parameters": lambda records: differing(records, {"base"})}                      # name -> the runs of its law
+        "base parameters": lambda records: differing(records, {"base"}), "bits": lambda records: [r for r in BITS if r in records]}                      # name -> the runs of its law
 LOSSES = {"rank, out of domain": "ood.loss", "rank, wrong captions": "test.exact"}            # of the test split otherwise
 
 def _size(e:Evidence, axis:str, record:dict):
     "What a run has of an axis."
     c = record["config"]
     clips, rank = c["train_clips"] or e.params.profiles[record["tier"]].clips["train"], max(c["ranks"].values())
-    return {"frames": c["frames"], "trained KiB": kib(record), DATA_LAW: [clips, rank], "base parameters": e.sizes.get(c["base"], 0)}.get(axis, rank)
+    return {"frames": c["frames"], "trained KiB": kib(record), DATA_LAW: [clips, rank], "base parameters": e.sizes.get(c["base"], 0), "bits": max(map(float, record["audit"][-1]["bits"].split("/")))}.get(axis, rank)
 
 def laws(e:Evidence, records:dict) -> dict[str, ScalingFit]:
     "axis -> law of a loss against it, every seed a point, the largest size held out; axes of which there are too few sizes or seeds are missing."
@@ -369,15 +512,15 @@ def laws(e:Evidence, records:dict) -> dict[str, ScalingFit]:
 def percent(value) -> str: return "n/a" if value is None else rf"{number(100*value, 1)}\,\%"
 
 # %% ../nbs/14a_report.ipynb #e487ad9e
-SHORT = {"rank": "rank", "frames": "frames", "trained KiB": "kib", DATA_LAW: "data", "base parameters": "size"}
+SHORT = {"rank": "rank", "frames": "frames", "trained KiB": "kib", DATA_LAW: "data", "base parameters": "size", "bits": "bits"}
 
 def law_macros(e:Evidence) -> dict:
-    "law.<own, gpu>.<rank, frames, kib, data, size>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law."
+    "law.<own, gpu>.<rank, frames, kib, data, size, bits>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law."
     out = {}
     for name, tier in (("own", e.tier), ("gpu", "gpu")):
         for axis, short in SHORT.items():
             fit, key = e.laws.get(tier, {}).get(axis), f"law.{name}.{short}"
-            if not fit: out |= {f"{key}.{k}": "n/a" for k in ("verdict", "change", "change.lo", "change.hi", "exponent", "error", "constant")}; continue
+            if not fit: out |= {f"{key}.{k}": "too few sizes" if k == "verdict" else "n/a" for k in ("verdict", "change", "change.lo", "change.hi", "exponent", "error", "constant")}; continue
             flat = flatness(fit)
             out |= {f"{key}.verdict": flat["verdict"], f"{key}.exponent": number(fit.law.a[0], 2), f"{key}.error": number(fit.error), f"{key}.constant": number(fit.constant_error)}
             out |= {f"{key}.change{end}": percent(v) for end, v in zip(("", ".lo", ".hi"), (flat["change"], *flat["change_ci95"]))}
@@ -463,9 +606,12 @@ def names_of(runs) -> str:
     return ", ".join(map(run_name, runs)) or "none"
 
 def _absent() -> dict:
-    "What the text may quote of the tier gpu, where it is missing."
-    pairs = {pair for plan in (PLANNED, GPU_PLANNED) for family in plan.values() for pair in family}
-    out = {f"diff.{a}.{b}.{m}{end}": "n/a" for a, b, m in pairs for end in ("", ".p", ".padj")}
+    "What the text may quote of a tier, where it is missing."
+    pairs = {pair for plan in (PLANNED, GPU_PLANNED, EXTENDED, GPU_EXTENDED) for family in plan.values() for pair in family}
+    out = {f"diff.{a}.{b}.{m}{end}": "n/a" for a, b, m in pairs for end in ("", ".lo", ".hi", ".p", ".padj", ".ps", ".psadj")}
+    out |= {f"{kind}.{a}.{b}.{m}": "not run" for a, b, m in pairs for kind in ("told", "outcome")}
+    out |= {f"more.{'.'.join((*a, *b))}.{m}": "not run" for plan in (INTERACTIONS, GPU_INTERACTIONS) for family in plan.values() for a, b, m in family}
+    out |= {f"told.ood.{a}.{b}.exact": "not run" for a, b in SURVIVES}
     out |= {f"ood.{a}.{b}.exact{end}": "n/a" for a, b in SURVIVES for end in ("", ".lo", ".hi", ".p")}
     names = [*METRICS, *BEYOND, "test.exact_disordered", "test.slots_disordered"]
     return out | {f"{run}.{m}{end}": "n/a" for run in GPU_PLAN for m in names for end in ("", ".lo", ".hi", ".least", ".most")}
@@ -476,21 +622,30 @@ def gpu_macros(e:Evidence) -> dict:
     about = {"gpu.missing": names_of(r for r in GPU_PLAN if r not in e.gpu), "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(GPU_PLAN)), "gpu.compared": str(len(tested)),
              "gpu.seeds": str(max((len(r["config"]["seeds"]) for r in e.gpu.values()), default=0)), "gpu.fewest": str(min((len(r["config"]["seeds"]) for r in e.gpu.values() if r["config"]["steps"]), default=0)),
              "gpu.sure": str(sum(r["pall"] < .05 for r in tested)), "gpu.clips": count(e.params.profiles["gpu"].clips["test"])}
-    made = _absent() | metric_macros(e.gpu) | diff_macros(tested) | ood_macros(e.gpu) | cost_macros(e.gpu)
+    made = _absent() | metric_macros(e.gpu) | diff_macros(tested + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(e.gpu) | beyond_macros(e.gpu) | error_macros(e.gpu)
     return {f"gpu.{k}": v for k, v in made.items()} | about
 
 # %% ../nbs/14a_report.ipynb #2529ab86
-def by_corruption(record:dict) -> dict[str, float]:
-    "Corruption -> exact match on its clips, mean over seeds; {} for a record that does not know them."
-    exact = np.nanmean(np.array(record["per_clip"]["ood.exact"], float), 0)
-    damage = [(record.get("corruptions") or {}).get(g) for g in record["galleries"]["ood"]]
-    return {name: float(np.mean([x for x, d in zip(exact, damage) if d == name])) for name in dict.fromkeys(damage) if name}
+def by_corruption(record:dict, measure:str="exact") -> dict[str, float]:
+    "Corruption, or `rest` for all but `DEAD` -> a measure on its clips, mean over seeds; {} for a record that does not know them."
+    scores = np.array(record["per_clip"].get(f"ood.{measure}", []), float)
+    return {name: float(np.nanmean(scores[:, only])) for name, only in ood_parts(record).items() if only is not None and only.any()} if scores.size else {}
 
 def beyond_macros(records:dict) -> dict:
-    "corruption.<run>.<corruption>: exact match; spectrum.<run>.<modality>: effective rank; data.<run>.clips: how many, if not all."
+    "corruption.<run>.<corruption, rest>[.slots]: exact match, slots; spectrum.<run>.<modality>: effective rank; data.<run>.clips: how many, if not all."
     out = {f"data.{run}.clips": count(n) for run, r in records.items() if (n := r["config"].get("train_clips"))}
-    out |= {f"corruption.{run}.{name}": number(by_corruption(r).get(name)) for run, r in records.items() for name in CORRUPTIONS}     # a small split has some only
+    for run, r in records.items():
+        for measure, end in (("exact", ""), ("slots", ".slots")): out |= {f"corruption.{run}.{name}{end}": number(by_corruption(r, measure).get(name)) for name in (*CORRUPTIONS, "rest")}
     return out | {f"spectrum.{run}.{m}": number(v, 1) for run, r in records.items() for m, v in effective_ranks(r).items()}
+
+def error_macros(records:dict) -> dict:
+    "errors.<run>.<n, wrong>: captions of all seeds; errors.<run>.<content, order, transient, event>: how many, each wrong caption once; .share: of the wrong ones."
+    out = {}
+    for run, r in records.items():
+        if f"test.slots" not in r["per_clip"]: continue
+        found = first_errors(r["per_clip"])
+        out |= {f"errors.{run}.{k}": count(v) for k, v in found.items()} | {f"errors.{run}.{k}.share": percent(found[k]/max(1, found["wrong"])) for k in FIRST}
+    return out
 
 # %% ../nbs/14a_report.ipynb #b6e91329
 def merged(*families:dict) -> dict:
@@ -503,7 +658,9 @@ def merged(*families:dict) -> dict:
 
 def macros(e:Evidence) -> dict:
     "key -> printed value, for every number the paper may quote."
-    return merged(metric_macros(e.records), cost_macros(e.records), diff_macros(e.tested[e.tier]), ood_macros(e.records), claim_macros(e),
+    new = {k: v for k, v in _absent().items() if k.startswith(("diff.", "told.", "outcome.", "more."))}
+    own = new | diff_macros(e.tested[e.tier] + e.added[e.tier]) | more_macros(e.doubled[e.tier]) | ood_macros(e.records)
+    return merged(metric_macros(e.records), cost_macros(e.records), own, claim_macros(e), verdict_macros(e), error_macros(e.records),
                   about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), gpu_macros(e), beyond_macros(e.records))
 
 # %% ../nbs/14a_report.ipynb #8381e342
@@ -522,7 +679,8 @@ def tabular(columns:str, header:list, rows:list) -> str:
 
 # %% ../nbs/14a_report.ipynb #27fd2e4a
 def cell(record:dict, name:str, interval:bool=False):
-    "A metric as a cell; with its interval if asked and there is one."
+    "A metric as a cell; with its interval if asked and there is one; a dash where a record lacks it."
+    if name not in record["metrics"]: return "--"
     m, places = record["metrics"][name], decimals(name)
     text = number(m["value"], places)
     return (text, "[{}, {}]".format(*(number(v, places) for v in m["ci95"]))) if interval and m["ci95"] else text
@@ -533,11 +691,17 @@ def _tier(name:str, columns:int) -> list:
     "Rows that open the part of a tier in a table of `columns` columns."
     return [None, [rf"\multicolumn{{{columns}}}{{@{{}}l@{{}}}}{{\emph{{Tier}} \texttt{{{name}}}}}"]]
 
-def measure_table(records:dict, runs, measures, wide=(), lead=None, split:str="test") -> str:
-    "Runs by measures of one split, with intervals for the `wide` ones; `lead`: column title -> function of a record, which puts intervals beside."
+def _parts(tiers:dict, rows, columns:int) -> list:
+    "The rows of every tier that has some, each part under its name; `rows`: records -> rows."
+    found = {tier: rows(records) for tier, records in tiers.items()}
+    return [line for tier, part in found.items() if part for line in (*_tier(tier, columns), *part)][1:]
+
+def measure_table(tiers:dict, runs_of, measures, wide=(), lead=None, split:str="test") -> str:
+    "Runs (`runs_of`: records -> names) by measures of one split, of every tier, with intervals for the `wide` ones; `lead`: column title -> function of a record."
     show, lead = _inline if lead else lambda c: c, lead or {}
     header = ["Run", *lead, *(MEASURES[m] for m in measures)]
-    rows = [[run_name(r), *(f(records[r]) for f in lead.values()), *(show(cell(records[r], f"{split}.{m}", m in wide)) for m in measures)] for r in runs]
+    def row(r, record): return [run_name(r), *(f(record) for f in lead.values()), *(show(cell(record, f"{split}.{m}", m in wide)) for m in measures)]
+    rows = _parts(tiers, lambda records: [row(r, records[r]) for r in runs_of(records)], len(header))
     return tabular("l" + "l"*len(lead) + "r"*len(measures), [header], rows)
 
 def _params(record): return count(record["cost"]["trainable_params"])
@@ -546,36 +710,43 @@ def _ranks(record): return "/".join(str(record["config"]["ranks"].get(m, 0)) for
 
 # %% ../nbs/14a_report.ipynb #2c9c83db
 def main_table(e:Evidence) -> str:
-    "The methods on the test split, of both tiers."
-    measures = ("exact", "slots", "color", "shape", "event", "transient", "order", "bleu4", "rouge_l", "cider", "loss")
-    rows = []
-    for tier, records in e.tiers.items():
-        rows += _tier(tier, len(measures) + 1) + [[run_name(r), *(cell(records[r], f"test.{m}", True) for m in measures)] for r in METHODS if r in records]
-    return tabular("l" + "r"*len(measures), [["Run", *(MEASURES[m] for m in measures)]], rows[1:])
+    "The methods on the test split, of every tier; METEOR where records hold it."
+    names = {f"test.{m}": MEASURES[m] for m in ("exact", "slots", "color", "shape", "event", "transient", "order", "bleu4", "rouge_l")}
+    names |= {"test.meteor_exact": "METEOR", "test.cider": MEASURES["cider"], "test.loss": MEASURES["loss"]}
+    def rows(records): return [[run_name(r), *(cell(records[r], m, True) for m in names)] for r in METHODS if r in records]
+    return tabular("l" + "r"*len(names), [["Run", *names.values()]], _parts(e.tiers, rows, len(names) + 1))
 
 def _config(key:str): return lambda record: str(record["config"][key])
 
+def _among(records:dict, fields, *references) -> list[str]:
+    "The runs that differ from any of the references that are there in these fields, each once."
+    return list(dict.fromkeys(r for reference in references if reference in records for r in differing(records, fields, reference)))
+
 def selectors_table(e:Evidence) -> str:
     "The frame selectors on the test split, with many frames and with few."
-    runs = differing(e.records, SELECTORS) + differing(e.records, SELECTORS, FEW) + differing(e.records, SELECTORS, FEWEST)
-    return measure_table(e.records, runs, ("exact", "transient", "event", "order", "color"), ("exact", "transient"), {"Frames": _config("selector"), "$K$": _config("frames")})
+    return measure_table(e.tiers, lambda records: _among(records, SELECTORS, REFERENCE, FEW, FEWEST), ("exact", "transient", "event", "order", "color"), ("exact", "transient"),
+                         {"Frames": _config("selector"), "$K$": _config("frames")})
+
+# %% ../nbs/14a_report.ipynb #62ff860a
+BESIDE = ("qlora-signals", "tqlora-k2", "tqlora-constant-k2", "qlora-uniform-k2", "tqlora-k8", "qlora-uniform", "qlora-cover-k4", "tqlora-cover")    # below the gates at four frames
 
 def gates_table(e:Evidence) -> str:
-    "The gate, its variants and its controls on the test split; last, gate and selector together."
+    "The gate, its variants and its controls on the test split; then the same signals as input, other numbers of frames, and gate and selector together."
     def gate(r): return "--" if r["config"]["gate"] == "none" else r["config"]["gate"]
     def fed(r):
         c = r["config"]
+        if r["run"] == "qlora-signals": return "dense, as input"
         return "--" if c["gate"] == "none" else c["signals"] if c["gate_signal"] == "motion" else c["gate_signal"]
-    runs = differing(e.records, GATES, UNGATED) + ["qlora-cover-k4", "tqlora-cover"]
-    return measure_table(e.records, runs, ("exact", "transient", "order", "loss"), ("exact",), {"Frames": _config("selector"), "Gate": gate, "Signal": fed, "Params": _params})
+    def runs(records): return list(dict.fromkeys([*_among(records, GATES, UNGATED), *(r for r in BESIDE if r in records)]))
+    return measure_table(e.tiers, runs, ("exact", "transient", "order", "loss"), ("exact",), {"Frames": _config("selector"), "$K$": _config("frames"), "Gate": gate, "Signal": fed, "Params": _params})
 
 # %% ../nbs/14a_report.ipynb #e9df40ac
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
     "Placement, allocation and rank on the test split, by rising bytes."
-    runs = sorted(differing(e.records, RANKS), key=lambda r: kib(e.records[r]))
-    return measure_table(e.records, runs, ("exact", "transient", "loss"), ("exact",),
+    def runs(records): return sorted(_among(records, RANKS, REFERENCE), key=lambda r: kib(records[r]))
+    return measure_table(e.tiers, runs, ("exact", "transient", "loss"), ("exact",),
                          {"V/F/T": _ranks_of, "KiB": lambda r: count(kib(r)), "Model KiB": lambda r: in_kib(r["cost"]["model_bytes"])})
 
 def _bits(record) -> str:
@@ -585,7 +756,7 @@ def _bits(record) -> str:
 def baselines_table(e:Evidence) -> str:
     "Other methods that train few parameters, on the same base, frames and steps."
     lead = {"Base": _bits, "Params": _params, "KiB": lambda r: count(kib(r))}
-    return measure_table(e.records, differing(e.records, BASELINES), ("exact", "transient", "order", "loss"), ("exact",), lead)
+    return measure_table(e.tiers, lambda records: _among(records, BASELINES, REFERENCE), ("exact", "transient", "order", "loss"), ("exact",), lead)
 
 # %% ../nbs/14a_report.ipynb #3469cf1a
 def _groups(titles, width:int, first:int=2) -> str:
@@ -594,62 +765,103 @@ def _groups(titles, width:int, first:int=2) -> str:
     rules = [rf"\cmidrule(lr){{{first + i*width}-{first + (i + 1)*width - 1}}}" for i in range(len(spans))]
     return " & "*(first - 1) + _line(spans) + "\n" + "".join(rules)
 
-LONG = (*METHODS, "qdora", "bottleneck", "qlora-uniform", UNGATED, FEW, "qlora-cover-k4", "tqlora", "tqlora-constant", "tqlora-cover", "qlora-text", "qlora-tasks")
+LONG = (*BASIC, "qdora", "bottleneck", "qlora-uniform", UNGATED, FEW, "qlora-cover-k4", "tqlora", "tqlora-constant", "tqlora-cover", "all", "all-k4", "qlora-text", "qlora-tasks")
 
-SHOWN = (*METHODS[:-1], "qlora-uniform", UNGATED, "qlora-cover-k4", "tqlora", "tqlora-cover", "qlora-text")      # of both tiers
+SHOWN = (*BASIC[:-1], "qlora-uniform", UNGATED, "qlora-cover-k4", "tqlora", "tqlora-cover", "all", "all-k4", "qlora-text")      # of both tiers
 
-def long(e:Evidence) -> dict:
+def long(records:dict) -> dict:
     "Runs of the tables with many columns: methods, selection, gate, placement, tasks. The records hold the others."
-    return {run: e.records[run] for run in LONG if run in e.records}
+    return {run: records[run] for run in LONG if run in records}
+
+def _long_table(e:Evidence, columns:str, header:list, row) -> str:
+    "`row` of every run of `long`, by tier."
+    return tabular(columns, header, _parts(e.tiers, lambda records: [[run_name(run), *row(r)] for run, r in long(records).items()], len(columns)))
 
 def retrieval_table(e:Evidence) -> str:
     "Retrieval within galleries, both directions."
-    def row(record): return [_inline(cell(record, f"test.{d}_{m}", m == "r1")) for d in DIRECTIONS for m in RETRIEVAL]
     header = [_groups(DIRECTIONS.values(), len(RETRIEVAL)), ["Run", *list(RETRIEVAL.values())*2]]
-    return tabular("l" + "r"*8, header, [[run_name(run), *row(r)] for run, r in long(e).items()])
+    return _long_table(e, "l" + "r"*8, header, lambda r: [_inline(cell(r, f"test.{d}_{m}", m == "r1")) for d in DIRECTIONS for m in RETRIEVAL])
 
+# %% ../nbs/14a_report.ipynb #ece3b493
 def ood_table(e:Evidence) -> str:
-    "Exact match and transient events on both splits."
+    "Exact match and transient events on both splits, and exact match out of domain without the corruption that no run survives."
     names = [f"{s}.{m}" for m in ("exact", "transient") for s in SPLITS]
-    header = [_groups(("Exact", "Transient"), 2), ["Run", *["test", "ood"]*2]]
-    return tabular("lrrrr", header, [[run_name(run), *(_inline(cell(r, n, n.endswith("exact"))) for n in names)] for run, r in long(e).items()])
+    header = [_groups(("Exact", "Transient"), 2), ["Run", *["test", "ood"]*2, f"Exact, ood, less {DEAD}"]]
+    return _long_table(e, "lrrrrr", header, lambda r: [*(_inline(cell(r, n, n.endswith("exact"))) for n in names), number(by_corruption(r).get("rest"))])
 
 def cost_table(e:Evidence) -> str:
-    "What each run costs."
-    header = ["Run", "Trained params", "Trained KiB", "Model KiB", "Optimizer KiB", "ms/step", "Training s", "Evaluation s", "Peak RSS MiB"]
+    "What each run costs, in counts that do not depend on what else the machine did; a dash where a record lacks one."
+    header = ["Run", "Trained params", "Trained KiB", "Model KiB", "Optimizer KiB", "GFLOP/step", "Peak MiB", "CPU ms/step"]
     def row(c): return [count(c["trainable_params"]), *(in_kib(c[f"{k}_bytes"]) for k in ("trainable", "model", "optimizer")),
-                        *(number(c[k], 1) for k in ("step_ms", "train_seconds", "eval_seconds")), count(c["peak_rss_bytes"]/2**20)]
-    return tabular("l" + "r"*8, [header], [[run_name(run), *row(e.records[run]["cost"])] for run in (*SHOWN, "qdora", "bottleneck") if run in e.records])
+                        _unit(c, "flops", 1e9, 2), _unit(c, "peak_bytes", 2**20), _unit(c, "step_cpu_ms")]
+    def rows(records): return [[run_name(r), *row(records[r]["cost"])] for r in (*SHOWN, "qdora", "bottleneck") if r in records]
+    return tabular("l" + "r"*7, [header], _parts(e.tiers, rows, 8))
 
 # %% ../nbs/14a_report.ipynb #28b43274
-def _planned() -> dict:
-    "claim -> the comparisons of both tiers."
-    return {c: list(dict.fromkeys([*PLANNED.get(c, []), *GPU_PLANNED.get(c, [])])) for c in dict.fromkeys([*PLANNED, *GPU_PLANNED])}
+def _planned(*plans) -> dict:
+    "claim -> the comparisons of all plans, each once."
+    return {c: list(dict.fromkeys(row for plan in plans for row in plan.get(c, []))) for c in claims() if any(plan.get(c) for plan in plans)}
+
+def _measure(metric:str) -> str: return (BEYOND.get(full_name(metric)) or MEASURES[metric]).lower()
+
+def _tested_table(e:Evidence, plan:dict, rows:dict, name, last:tuple=()) -> str:
+    "A row per comparison of `plan` {claim: [(a, b, metric)]} with what `rows` {tier: tested} say; a dash where a tier lacks it. `last`: one more p of the tier gpu."
+    def found(tier): return {(r["claim"], r["a"], r["b"], r["metric"]): r for r in rows[tier]}
+    def cells(r, ps):
+        if not r: return ["--"]*(3 + len(ps))
+        return [number(r["difference"]), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]", number(r["d"], 2) if np.isfinite(r["d"]) else "--", *(p_text(r[p]) for p in ps)]
+    own, gpu, lines, ps = found(e.tier), found("gpu"), [], ("padj", "psadj")
+    for claim, pairs in plan.items():
+        lines += [None]*bool(lines)
+        for i, (a, b, m) in enumerate(pairs):
+            key = (claim, a, b, m)
+            lines.append([claim*(i == 0), name(a), name(b), _measure(m), *cells(own.get(key), ps), *cells(gpu.get(key), (*ps, *last))])
+    ends = 9, 10, 14 + len(last)
+    over = rf" & & & & \multicolumn{{5}}{{c}}{{Tier \texttt{{{e.tier}}}}} & \multicolumn{{{5 + len(last)}}}{{c}}{{Tier \texttt{{gpu}}}} \\ \cmidrule(lr){{5-{ends[0]}}}\cmidrule(lr){{{ends[1]}-{ends[2]}}}"
+    part = ["Difference", r"95\,\% interval", "$d$", "$p$", "$p$, seeds"]
+    return tabular("llll" + "r"*(10 + len(last)), [over, ["Claim", "First", "Second", "Measure", *part, *part, *["$p$, all"]*len(last)]], lines)
 
 def significance_table(e:Evidence) -> str:
-    "All planned comparisons by claim, of both tiers; a dash is what a tier did not plan or has not got."
-    def found(tier): return {(r["claim"], r["a"], r["b"], r["metric"]): r for r in e.tested[tier]}
-    def cells(r, *ps):
-        if not r: return ["--"]*(3 + len(ps))
-        told = number(r["d"], 2) if np.isfinite(r["d"]) else "--"
-        return [number(r["difference"]), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]", told, *(p_text(r[p]) for p in ps)]
-    own, gpu, rows = found(e.tier), found("gpu"), []
-    for claim, pairs in _planned().items():
-        rows += [None]*bool(rows)
-        for i, (a, b, m) in enumerate(pairs):
-            name, key = (BEYOND.get(full_name(m)) or MEASURES[m]).lower(), (claim, a, b, m)
-            rows.append([claim*(i == 0), run_name(a), run_name(b), name, *cells(own.get(key), "padj"), *cells(gpu.get(key), "padj", "pall")])
-    over = rf" & & & & \multicolumn{{4}}{{c}}{{Tier \texttt{{{e.tier}}}}} & \multicolumn{{5}}{{c}}{{Tier \texttt{{gpu}}}} \\ \cmidrule(lr){{5-8}}\cmidrule(lr){{9-13}}"
-    part = ["Difference", r"95\,\% interval", "$d$", "Adj.\\ $p$"]
-    return tabular("llllrrrrrrrrr", [over, ["Claim", "First run", "Second run", "Measure", *part, *part, "All"]], rows)
+    "All planned comparisons by claim, of both tiers."
+    return _tested_table(e, _planned(PLANNED, GPU_PLANNED), e.tested, run_name, ("pall",))
+
+# %% ../nbs/14a_report.ipynb #b64a66b5
+def extended_table(e:Evidence) -> str:
+    "The comparisons that were added after the plan."
+    return _tested_table(e, _planned(EXTENDED, GPU_EXTENDED), e.added, run_name)
+
+def interactions_table(e:Evidence) -> str:
+    "Differences of differences."
+    return _tested_table(e, _planned(INTERACTIONS, GPU_INTERACTIONS), e.doubled, lambda pair: "$-$".join(map(run_name, pair)))
 
 def outcomes_table(e:Evidence) -> str:
     "By claim and tier: comparisons as claimed, against, open."
     found, kinds = e.outcomes, ("as claimed", "against", "open")
     def part(n): return [str(n[k]) for k in kinds] if n else ["--"]*3
-    claims = sorted({*_planned(), "C7"}, key=lambda c: int(c[1:]))
-    rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims]
+    rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims()]
     return tabular("lrrrrrr", [_groups([rf"Tier \texttt{{{t}}}" for t in found], 3), ["Claim", *("As claimed", "Against", "Open")*2]], rows)
+
+# %% ../nbs/14a_report.ipynb #69d50235
+def _named(row:dict, name, claim:str) -> str:
+    "A comparison, or a difference of two, in words."
+    pairs = [(row["a"], row["b"])] if isinstance(row["a"], str) else [row["a"], row["b"]]
+    return " less ".join(" $-$ ".join(map(name, pair)) for pair in pairs) + (f", {_measure(row['metric'])}" if row["metric"] != "exact" else "") + ", ood"*(claim == "C7")
+
+def _verdict_rows(e:Evidence, name=run_name) -> list[list[str]]:
+    "Claim, in short, the key comparison (of each tier, where they differ), then verdict and key difference of each tier."
+    said, rows = verdict_macros(e), []
+    for claim in claims():
+        told = list(dict.fromkeys(_named(row, name, claim) for tier in (e.tier, "gpu") if (row := key_row(e, tier, claim))))
+        def part(t):
+            word, n = said[f"verdict.{claim}.{t}"], said[f"verdict.{claim}.{t}.count"]
+            return ["--", "--"] if word == "not run" else [f"{word} ({n})", said[f"verdict.{claim}.{t}.key"].replace("not run", "--")]
+        rows.append([claim, IN_SHORT[claim], "; gpu: ".join(told) or "--", *part("own"), *part("gpu")])
+    return rows
+
+def verdicts_table(e:Evidence) -> str:
+    "A row per claim: what became of it on each tier, with how many of its comparisons came out as claimed, and its key comparison."
+    over = rf" & & & \multicolumn{{2}}{{c}}{{Tier \texttt{{{e.tier}}}}} & \multicolumn{{2}}{{c}}{{Tier \texttt{{gpu}}}} \\ \cmidrule(lr){{4-5}}\cmidrule(lr){{6-7}}"
+    return tabular("lllllll", [over, ["Claim", "In short", "Key comparison", *["Verdict", "Difference"]*2]], _verdict_rows(e))
 
 # %% ../nbs/14a_report.ipynb #cc299c22
 def audit_table(e:Evidence) -> str:
@@ -753,18 +965,18 @@ def gpu_table(e:Evidence) -> str:
     return tabular("lllll" + "r"*len(names), [["Run", *lead, *names.values()]], rows)
 
 # %% ../nbs/14a_report.ipynb #5e66031a
-def _asked_table(records:dict, names:dict) -> str:
-    "Runs that have all of `names` {metric: title}."
-    runs = [r for r in records if names.keys() <= records[r]["metrics"].keys()]
-    return tabular("l" + "r"*len(names), [["Run", *names.values()]], [[run_name(r), *(cell(records[r], n) for n in names)] for r in runs])
+def _asked_table(e:Evidence, names:dict) -> str:
+    "Runs of our own tier that have all of `names` {metric: title}; those of the tier gpu stand in `gpu_beyond_table`."
+    def rows(records): return [[run_name(r), *(cell(records[r], n) for n in names)] for r in records if names.keys() <= records[r]["metrics"].keys()]
+    return tabular("l" + "r"*len(names), [["Run", *names.values()]], _parts({e.tier: e.records}, rows, len(names) + 1))
 
 def tasks_table(e:Evidence) -> str:
     "Captions, questions, languages, instructions and sound on the test split: exact answers."
-    return _asked_table(e.records, TOLD)
+    return _asked_table(e, TOLD)
 
 def retention_table(e:Evidence) -> str:
     "What is left of the base's own domain."
-    return _asked_table(e.records, RETAINED)
+    return _asked_table(e, RETAINED)
 
 def gpu_beyond_table(e:Evidence) -> str:
     "What the runs of the tier gpu were asked beside captions, as far as there are any."
@@ -774,25 +986,47 @@ def gpu_beyond_table(e:Evidence) -> str:
     rows = [[run_name(r), *(cell(e.gpu[r], n) if n in e.gpu[r]["metrics"] else "--" for n in asked)] for r in runs]
     return tabular("l" + "r"*len(asked), [["Run", *asked.values()]], rows) if runs else tabular("l", [["Tier gpu"]], [["no run of this tier was asked more than captions"]])
 
+# %% ../nbs/14a_report.ipynb #7e741f84
 def corruptions_table(e:Evidence) -> str:
-    "Exact match by corruption; first the clean test split."
-    kinds = list(by_corruption(e.records[REFERENCE]))
-    def part(records): return [[run_name(run), cell(records[run], "test.exact"), *(number(by_corruption(records[run]).get(k)) for k in kinds)] for run in SHOWN if run in records]
-    rows = [row for tier, records in e.tiers.items() for row in (*_tier(tier, len(kinds) + 2), *part(records))][1:]
-    return tabular("l" + "r"*(len(kinds) + 1), [["Run", "Clean", *map(str.capitalize, kinds)]], rows)
+    "Exact match, then slots, by corruption; first the clean test split, last all corruptions but the one that no run survives."
+    kinds = [k for k in by_corruption(e.records[REFERENCE]) if k != "rest"] + ["rest"]
+    def rows(records): return [[run_name(run)*(m == "exact"), m, cell(records[run], f"test.{m}"), *(number(by_corruption(records[run], m).get(k)) for k in kinds)]
+                               for run in SHOWN if run in records for m in ("exact", "slots") if by_corruption(records[run], m)]
+    header = ["Run", "Measure", "Clean", *map(str.capitalize, kinds[:-1]), f"All but {DEAD}"]
+    return tabular("ll" + "r"*(len(kinds) + 1), [header], _parts(e.tiers, rows, len(header)))
+
+def oodpairs_table(e:Evidence) -> str:
+    "The differences of C7 out of domain, by corruption: where a gain goes."
+    kinds = [k for k in ood_parts(e.records[REFERENCE]) if k not in ("", "rest")]
+    def line(records, a, b):
+        parts = ood_parts(records[a])
+        found = {k: compare(records, a, b, "exact", "ood", only) for k, only in parts.items()}
+        ends = lambda r: (number(r["difference"]), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]") if r else "--"
+        return [run_name(a), run_name(b), *(ends(found.get(k)) for k in ("", "rest", *kinds))]
+    header = ["First", "Second", "All", f"But {DEAD}", *map(str.capitalize, kinds)]
+    return tabular("ll" + "r"*(len(kinds) + 2), [header], _parts(e.tiers, lambda records: [line(records, *pair) for pair in _pairs(records)], len(header)))
 
 # %% ../nbs/14a_report.ipynb #430ab5f5
 def _list(values) -> str: return ", ".join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in values)
 
-def tuned(e:Evidence) -> dict:
+def tuned(grids:dict, trials:list, records:dict) -> dict:
     "tuned run and field -> the values tried, each with its caption loss on dev; bold: the value that the run uses."
     out = {}
-    for run, grid in e.params.tune.grid.items():
-        used = [e.records[run]["config"][field] for field in grid]
-        tried = {" / ".join(f"{t[f]:g}" for f in grid): (number(t["loss"], decimals("loss")), [t[f] for f in grid] == used) for t in e.tune["trials"] if t["run"] == run}
+    for run, grid in grids.items():
+        used = [records[run]["config"][field] for field in grid] if run in records else None
+        tried = {" / ".join(f"{t[f]:g}" for f in grid): (number(t["loss"], decimals("loss")), [t[f] for f in grid] == used) for t in trials if t["run"] == run}
         out[f"{run_name(run)}: {_escape(', '.join(grid))}"] = ", ".join(rf"\textbf{{{v}}} ({x})" if best else f"{v} ({x})" for v, (x, best) in tried.items())
     return out
 
+def gpu_sections(e:Evidence) -> dict:
+    "The tier gpu: what its reference run was trained with, and its rates; {} without it."
+    if REFERENCE not in e.gpu: return {}
+    c, made = e.gpu[REFERENCE]["config"], e.gpu_tune or {"config": {"grid": {}}, "trials": []}
+    about = {"budget $K$": str(c["frames"]), "steps, batch": _list([c["steps"], c["batch_size"]]), "rank vision/fusion/text": _ranks(e.gpu[REFERENCE])}
+    rates = tuned(made["config"]["grid"], made["trials"], e.gpu)
+    return {r"Tier \texttt{gpu}": about} | ({r"Tuned on tier \texttt{gpu}: value and caption loss on the development split": rates} if rates else {})
+
+# %% ../nbs/14a_report.ipynb #56cec96a
 def hyper_sections(e:Evidence) -> dict:
     "section -> {setting: printed value}."
     c, f, base = e.records[REFERENCE]["config"], e.params.frames, e.base["config"]
@@ -804,8 +1038,8 @@ def hyper_sections(e:Evidence) -> dict:
         "Adapters": {"rank vision/fusion/text": _ranks(e.records[REFERENCE]), r"$\alpha/r$": f"{c['alpha_over_rank']:g}"},
         "Training": {"steps, batch": _list([c["steps"], c["batch_size"]]), "warm-up steps, then cosine": str(c["warmup"]),
                      "weight decay": f"{c['weight_decay']:g}"},
-        "Tuned: value and caption loss on the development split": tuned(e),
-    }
+        rf"Tuned on tier \texttt{{{e.tier}}}: value and caption loss on the development split": tuned(e.params.tune.grid, e.tune["trials"], e.records),
+    } | gpu_sections(e)
 
 def hyper_table(e:Evidence) -> str:
     "Hyperparameters by section."
@@ -831,8 +1065,9 @@ def provenance_table(e:Evidence) -> str:
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, outcomes=outcomes_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
               baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table, gatecost=gatecost_table, methodsteps=methodsteps_table, captionrates=captionrates_table,
-              tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table,
-              laws=lambda e: laws_table({f"{tier}: {axis}": fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: examples_table(e.records))
+              tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table, oodpairs=oodpairs_table,
+              verdicts=verdicts_table, interactions=interactions_table, extended=extended_table, examples=lambda e: examples_table(e),
+              laws=lambda e: laws_table({f"{tier}: {axis}": fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
 
 # %% ../nbs/14a_report.ipynb #c10dd07d
 def laws_table(fits:dict) -> str:
@@ -846,17 +1081,33 @@ def laws_table(fits:dict) -> str:
     header = ["Law", r"Exponents, 95\,\% interval", "Floor", "Held-out error", "Of a constant", "Verdict", "Change"]
     return tabular("llrrrll", [header], [row(*each) for each in fits.items()])
 
-def errors_table(runs:dict, references:list[str]) -> str:
-    "A row per run of {name: predictions}: captions, share right, then the share with each kind of error."
+# %% ../nbs/14a_report.ipynb #c6b8f653
+def errors_table(e:Evidence) -> str:
+    "Wrong captions of the test split, all seeds, each once, in the four kinds of the text: how many captions, share wrong, then shares of the wrong ones."
+    def row(run, r):
+        found = first_errors(r["per_clip"])
+        return [run_name(run), count(found["n"]), count(found["wrong"]), *(f"{count(found[k])} ({number(100*found[k]/max(1, found['wrong']), 0)}\\,\\%)" for k in FIRST)]
+    def rows(records): return [row(run, r) for run, r in long(records).items() if "test.slots" in r["per_clip"]]
+    return tabular("l" + "r"*(len(FIRST) + 2), [["Run", "Captions", "Wrong", *map(str.capitalize, FIRST)]], _parts(e.tiers, rows, len(FIRST) + 3))
+
+def kinds_table(runs:dict, references:list[str]) -> str:
+    "A row per run of {name: predictions}: captions, share right, then the share with each finer kind of error."
     counts = {run: error_counts(p, references) for run, p in runs.items()}
     rows = [[run_name(run), count(c["n"]), *(number(c[k]/c["n"]) for k in ("right", *KINDS))] for run, c in counts.items()]
     return tabular("l" + "r"*(len(KINDS) + 2), [["Run", "Captions", "Right", *map(str.capitalize, KINDS)]], rows)
 
-def examples_table(records:dict) -> str:
-    "Errors by kind in the captions that the records keep: the first clips of the test split, first seed."
-    def said(run, key): return [x[key] for x in records[run].get("examples", [])]
-    runs = [r for r in (*METHODS, UNGATED, "tqlora") if said(r, "prediction")]
-    return errors_table({r: said(r, "prediction") for r in runs}, said(runs[0], "reference"))
+QUOTED, PLACES = ("zeroshot", "full", "qlora", UNGATED, "qlora-cover-k4", "tqlora", "tqlora-cover", "all"), (0, 1, 4, 5)     # places in the test split: two of each quartet of the first gallery
+
+def examples_table(e:Evidence) -> str:
+    "Captions and retrieved clips of the test clips at `PLACES`, first seed: chosen by position, not by quality. Retrieved: the clip of the gallery that scores best for the reference."
+    def said(r, run, i):
+        best = int(np.array(r["gallery"])[:, i].argmax()) if r.get("gallery") and i < len(r["gallery"]) else None
+        return [run_name(run), r["examples"][i]["prediction"] or "(nothing)", "--" if best is None else str(best)]
+    def rows(records):
+        runs = [r for r in QUOTED if len(records.get(r, {}).get("examples") or []) > max(PLACES)]
+        def reference(i): return [str(i), r"\emph{reference}", records[runs[0]]["examples"][i]["reference"], str(i)]
+        return [line for i in PLACES if runs for line in (reference(i), *(["", *said(records[r], r, i)] for r in runs))]
+    return tabular("lllr", [["Clip", "Run", "Caption", "Retrieved"]], _parts(e.tiers, rows, 4) or [["--", "--", "no run kept its captions", "--"]])
 
 # %% ../nbs/14a_report.ipynb #660ce447
 def all_laws_figure(e:Evidence):
@@ -876,6 +1127,12 @@ def markdown_table(header:list[str], rows:list) -> str:
     lines = [header, ["---", *["---:"]*(len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+def verdicts_markdown(e:Evidence) -> str:
+    "What became of each hypothesis, for the README."
+    rows = [[text.replace("$-$", "-").replace("- -", "--") for text in row] for row in _verdict_rows(e, lambda run: f"`{run}`")]
+    header = ["claim", "in short", "key comparison (exact match if not said)", *(f"{e.tier}: {k}" for k in ("verdict", "difference [95 % CI]")), *(f"gpu: {k}" for k in ("verdict", "difference [95 % CI]"))]
+    return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim.\n\n" + markdown_table(header, rows) + "\n"
+
 def results_markdown(e:Evidence) -> str:
     "Every run on one line, a table per tier, for the README."
     names = ("test.exact", "test.transient", "test.order", "test.cider", "test.t2v_r1", "ood.exact")
@@ -885,7 +1142,7 @@ def results_markdown(e:Evidence) -> str:
     def part(tier, records):
         clips, seeds = len(records[REFERENCE]["per_clip"]["test.exact"][0]), max(len(r["config"]["seeds"]) for r in records.values())
         return f"Tier `{tier}`, {clips} test clips, mean over up to {seeds} seeds.\n\n{markdown_table(header, [row(*each) for each in records.items()])}\n"
-    return "Written by `dvc repro report`.\n\n" + "\n".join(part(*each) for each in e.tiers.items())
+    return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in e.tiers.items())
 
 # %% ../nbs/14a_report.ipynb #7a5dd238
 @contextmanager

@@ -191,6 +191,10 @@ def _slopes(x, y, n:int, seed:int) -> np.ndarray:
     drawn = np.random.default_rng(seed).choice(rest, (n, len(y)))
     return np.vstack([np.log(y), line + drawn]) @ solve.T[:, :-1]
 
+def _known(fit:ScalingFit, axis:int) -> bool:
+    "Whether the data fix the exponent of an axis: it is no bound of the fit, and three sizes or more were fitted."
+    return fit.law.a[axis] < STEEPEST - 1e-3 and len(np.unique(fit.x[~fit.held, axis])) > 2
+
 def flatness(fit:ScalingFit, axis:int=0, n:int=2000, seed:int=0) -> dict:
     "Verdict along an axis: flat, rises, levels off, falls or unclear; and the relative `change` over all sizes, with interval."
     slopes = _slopes(fit.x, fit.y, n, seed)[:, axis]
@@ -198,6 +202,6 @@ def flatness(fit:ScalingFit, axis:int=0, n:int=2000, seed:int=0) -> dict:
     low, high = _interval(slopes[1:])
     exponent = fit.exponent_ci(axis)
     better = fit.error < fit.constant_error
-    verdict = "rises" if low > 0 else "flat" if high >= 0 else "levels off" if not better else "falls" if exponent[0] > .001 else "unclear"
+    verdict = "rises" if low > 0 else "flat" if high >= 0 else "levels off" if not better else "falls" if exponent[0] > .001 and _known(fit, axis) else "unclear"
     return dict(verdict=verdict, slope=float(slopes[0]), slope_ci95=[low, high], exponent_ci95=list(exponent),
                 change=float(np.expm1(slopes[0]*reach)), change_ci95=np.expm1([low*reach, high*reach]).tolist(), beats_constant=better)
