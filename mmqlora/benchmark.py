@@ -7,8 +7,7 @@ __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'MORE', 'WAYS', 'K
            'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
            'stock', 'label_logits', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell',
            'compare_gradients', 'gradient_cell', 'profile_cell', 'count_cell', 'cells', 'target_cells', 'name_of',
-           'run_cell', 'measured', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor', 'lease_of', 'setting_of',
-           'merge_lease', 'latest', 'pairs']
+           'run_cell', 'efficiency', 'floor_ms', 'table_of', 'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
 import gc, time, traceback
@@ -25,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from .core import InputError, git_commit, read_json, result_record, write_json
+from .leases import measured
 from .ledger import counted
 from .lowmem import LEVERS, FeatureCache, low_memory, packed_weight, towers
 from .steps import MasterAdamW, pack, packed
@@ -377,8 +377,6 @@ def run_cell(cell:dict, kinds:dict, device:str, small:bool) -> dict:
         if leak and result.get(key) is not None: result[key] -= left
     return result | (dict(leak_bytes=leak) if leak else {})
 
-def measured(cell:dict) -> bool: return not cell.get("oom") and "error" not in cell
-
 def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="", todo=None, kinds=KINDS) -> dict:
     "Measure the cells (default: `cells()`) that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -418,38 +416,3 @@ def gap_to_floor(cell:dict, record:dict) -> float:
     "Time of a packed cell over its floor."
     weights = next(c["weights"] for c in record["cells"].values() if c["kind"] == "step" and c["model"] == cell["model"] and measured(c))
     return cell["step_ms"]/floor_ms(weights, cell["tokens"])
-
-# %% ../nbs/12c_benchmark.ipynb #94812844
-def lease_of(cell:dict, leases:list[dict]) -> str:
-    "The lease in which a cell was measured: its own word, else by card and commit."
-    if cell.get("lease"): return cell["lease"]
-    mine = [i for i, l in enumerate(leases) if l["gpu"] == cell.get("gpu") and any(c and (cell.get("commit") or "").startswith(c[:7]) for c in l["commits"])]
-    return leases[mine[0]].get("id", f"{mine[0] + 1}") + "/" + cell["commit"][:7] if mine else "cpu" if not cell.get("gpu") else "unknown"
-
-def setting_of(name:str, cell:dict) -> str:
-    "What a cell measures, wherever and whenever: its name in the lists. (Two early leases were merged by hand, as `repeat/...` and `.../H200`.)"
-    name = name.removesuffix(f"/{cell.get('lease')}").removesuffix("/H200")
-    return "step" + name.removeprefix("repeat") if cell["kind"] == "repeat" else name
-
-def merge_lease(record:dict, found:dict, id:str, command:str="", note:str="") -> dict:
-    "`record` with the cells that a lease found, and where they come from. Raises `InputError` for a lease that it holds."
-    leases = record.get("leases", [])
-    if any(l.get("id") == id for l in leases): raise InputError("lease", f"'{id}' is in the record", "another id")
-    cells, errors = dict(record["cells"]), dict(record.get("errors", {}))
-    for name, cell in found["cells"].items():
-        into = errors if "error" in cell else cells
-        into[f"{name}/{id}" if name in into else name] = cell | dict(lease=id)
-    origin = dict(id=id, gpu=found["hardware"]["gpu"], commits=sorted({c["commit"] for c in found["cells"].values()}), date=found["date"], versions=found["versions"])
-    return record | dict(cells=cells, errors=errors, leases=[*leases, origin | dict(command=command, note=note)])
-
-def latest(cells:dict) -> dict:
-    "name -> cell, of each setting the one measured last (leases are merged in order)."
-    return {setting_of(name, cell): cell for name, cell in cells.items() if "error" not in cell}
-
-def pairs(record:dict, way:str, other:str, model:str=BIG) -> dict[int, tuple]:
-    "frames -> (step of `way`, step of `other`), both from one lease: the last that has them."
-    found = {}
-    for cell in record["cells"].values():
-        if cell["kind"] not in ("step", "repeat") or cell["model"] != model or not measured(cell) or cell.get("rank", 16) != 16 or cell.get("cached"): continue
-        found.setdefault((cell["frames"], lease_of(cell, record.get("leases", []))), {})[cell["way"]] = cell
-    return {frames: (ways[way], ways[other]) for (frames, _), ways in found.items() if way in ways and other in ways}

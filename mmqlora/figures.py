@@ -26,6 +26,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from .config import Selector
 from .core import InputError, atomic_path
 from .errors import KINDS
+from .leases import latest, measured
 from .scaling import ScalingFit, flatness, pareto_front
 
 # %% ../nbs/14_figures.ipynb #f05ed695
@@ -302,8 +303,8 @@ BIG = "qwen2.5-vl-7b"
 WAY_NAMES = dict(stock="stock", stock_labels="stock, logits at labels", ours="ours", ours_small="ours, head and inputs on host", ours_least="ours, leanest")
 
 def step_cells(cells:dict, model:str|None=BIG) -> list[dict]:
-    "Measured steps of `model` (None: of all) at the default rank, in the order of the record."
-    return [c for c in cells.values() if c["kind"] == "step" and model in (None, c["model"]) and "error" not in c and not c.get("cached") and c.get("rank", 16) == 16]
+    "Measured steps of `model` (None: of all) at the default rank, each way as the last lease found it, in the order of the record."
+    return [c for c in latest(cells).values() if c["kind"] in ("step", "repeat") and model in (None, c["model"]) and measured(c) and not c.get("cached") and c.get("rank", 16) == 16]
 
 @drawn
 def efficiency_figure(cells:dict) -> Figure:
@@ -322,15 +323,12 @@ def efficiency_figure(cells:dict) -> Figure:
 # %% ../nbs/14_figures.ipynb #445cb460
 @drawn
 def planner_figure(predictions:list[dict]) -> Figure:
-    "Predicted against measured, every step that was measured: peak above; time of ours and stock below, the run that calibrates as a ring. A dot on the line is exact."
+    "Predicted against measured, every step that was measured: peak above; time below, the step that calibrates each lease as a ring. A dot on the line is exact."
     figure, axes = canvas(COLUMN, 3.1, rows=2)
     def model(p): return p["cell"].split("/")[1]
     names = list(dict.fromkeys(model(p) for p in predictions if p.get("measured_peak")))
-    timed = {p["cell"]: p["bound_ms"] for p in predictions if p.get("measured_ms") and "bound_ms" in p and ("/ours" in p["cell"] or "/stock" in p["cell"])}
-    one = next((p for p in predictions if p["cell"] == "step/qwen2.5-vl-7b/ours_small/32" and p.get("measured_ms")), None)
-    factor = one["measured_ms"]/timed[one["cell"]] if one else 1.
     peaks = [(model(p), p["measured_peak"]/2**30, p["peak"]/2**30) for p in predictions if p.get("measured_peak")]
-    times = [(model(p), p["measured_ms"], factor*timed[p["cell"]]) for p in predictions if p["cell"] in timed]
+    times = [(model(p), p["measured_ms"], p["predicted_ms"]) for p in predictions if p.get("predicted_ms")]
     for ax, points, what in ((axes[0], peaks, "peak, GiB"), (axes[1], times, "step, ms")):
         for i, m in enumerate(names):
             ax.plot([x for n, x, _ in points if n == m], [y for n, _, y in points if n == m], ls="", color=PALETTE[i], marker=MARKERS[i], label=m)
@@ -338,7 +336,8 @@ def planner_figure(predictions:list[dict]) -> Figure:
         ends = min((v for row in points for v in row[1:]), default=1)*.8, max((v for row in points for v in row[1:]), default=2)*1.25
         ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"measured {what}", ylabel=f"predicted {what}")
         for axis in (ax.xaxis, ax.yaxis): close_ticks(axis)
-    if one: axes[1].plot(one["measured_ms"], one["measured_ms"], ls="", marker="o", ms=9, mfc="none", color=".3")
+    ones = [p["measured_ms"] for p in predictions if p.get("calibrates")]
+    axes[1].plot(ones, ones, ls="", marker="o", ms=9, mfc="none", color=".3")
     axes[0].legend()
     return figure
 

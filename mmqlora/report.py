@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'GPU_GROUPS',
            'GPU_PLAN', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'EXPECTED', 'DIMINISH', 'DATA_LAW', 'AXES', 'LOSSES',
-           'SHORT', 'LEAN', 'CALIBRATED', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
+           'SHORT', 'LEAN', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
            'load_results', 'Files', 'Evidence', 'load_gpu', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
            'p_text', 'run_name', 'sign', 'full_name', 'compare', 'comparisons', 'expected', 'outcome', 'survives',
            'outcomes', 'metric_macros', 'cost_macros', 'diff_macros', 'claim_macros', 'ood_macros', 'about_macros',
@@ -403,12 +403,10 @@ def _of_kind(e:Evidence, *kinds) -> list[dict]:
     "The cells of these kinds that were measured."
     return [c for c in e.efficiency["cells"].values() if c["kind"] in kinds and "error" not in c]
 
-CALIBRATED = "step/qwen2.5-vl-7b/ours_small/32"       # the one run whose time is known to the planner
-
-def planner_delays(e:Evidence, way:str="/ours") -> np.ndarray:
-    "Predicted over measured time, minus one, of every step of a way but the one that calibrates."
-    rows = {p["cell"]: p["bound_ms"]/p["measured_ms"] for p in e.efficiency["predictions"] if p.get("measured_ms") and "bound_ms" in p}
-    return np.array([r/rows[CALIBRATED] - 1 for n, r in rows.items() if n != CALIBRATED and way in n]) if CALIBRATED in rows else np.array([])
+def planner_delays(e:Evidence, way:str="") -> np.ndarray:
+    "Predicted over measured time, minus one, of every step (of a way) but those that calibrate a lease."
+    rows = [p for p in e.efficiency["predictions"] if p.get("predicted_ms") and not p["calibrates"]]
+    return np.array([p["predicted_ms"]/p["measured_ms"] - 1 for p in rows if way in p["cell"]])
 
 # %% ../nbs/14a_report.ipynb #a7e4aa49
 def gate_macros(e:Evidence) -> dict:
@@ -449,6 +447,7 @@ def efficiency_macros(e:Evidence) -> dict:
     errors, late, stock = abs(planner_errors(e)), planner_delays(e), planner_delays(e, "/stock")
     packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "ours_small" in name]
     out |= {"eff.planner.stock.n": str(len(stock)), "eff.planner.stock.worst": percent(float(abs(stock).max()) if len(stock) else None)}
+    out["eff.planner.calibrations"] = str(sum(bool(p.get("calibrates")) for p in e.efficiency["predictions"]))
     out |= {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": percent(float(abs(late).max()) if len(late) else None), "eff.packed": number(max(packed, default=None), 2), "eff.packed.least": number(min(packed, default=None), 2)}
     out |= gate_macros(e)
     out["eff.errors"] = str(len(e.efficiency.get("errors", {})))
