@@ -12,7 +12,7 @@ from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
 from mmqlora.blocks import Group, Lin, dense, project
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError
-from mmqlora.ledger import expected_peak, in_host, peak_of
+from mmqlora.ledger import expected_peak, in_host, peak_of, room_for
 from mmqlora.lowmem import LEVERS, FeatureCache, linear_loss, low_memory, towers
 from mmqlora.model import linears, new_model, save_model, small_config
 from mmqlora.scenes import vocabulary
@@ -328,3 +328,36 @@ def test_a_step_that_would_not_fit_is_refused_before_it_starts_with_the_nearest_
     with pytest.raises(InputError, match=r"8 clips at once .* at_once=4"): fit(trainer, memory=(whole + half)//2)
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
     assert len(fit(trainer, memory=whole)["loss"]) == 4
+
+
+def test_where_not_even_one_clip_fits_the_error_names_how_many_frames_of_it_do(small_run):
+    trainer = small_run()
+    trainer.model.train()
+    two, three = (trainer.need(1, frames) for frames in (2, 3))
+    with pytest.raises(InputError, match="at_once=1 and clips of 2 frames"): fit(trainer, memory=(two + three)//2)
+    with pytest.raises(InputError, match="one frame of one clip needs"): fit(trainer, memory=trainer.need(1, 1) - 1)
+
+
+def test_fit_asks_by_itself_what_the_gpu_of_the_model_has(small_run, monkeypatch):
+    trainer = small_run()
+    monkeypatch.setattr("mmqlora.train.room_for", lambda model, optimizer: trainer.need(8, 3) - 1)
+    with pytest.raises(InputError, match="the nearest that fits: at_once=4"): fit(trainer)
+    assert len(fit(trainer, memory=float("inf"), stop=1)["loss"]) == 1
+    assert room_for(trainer.model, trainer.optimizer) is None                                        # on a CPU
+
+
+@pytest.mark.parametrize("change", [lambda model: None, low_memory])
+def test_out_of_memory_in_a_step_of_the_trainer_halves_it_and_changes_no_weight(small_run, change, monkeypatch):
+    whole, scarce = small_run(change, gate="rank"), small_run(change, gate="rank")
+    whole.model.train(), scarce.model.train()
+    forward, calls = type(scarce).loss, []
+    def loss(self, batch, reduction="mean"):
+        calls.append(len(batch["labels"]))
+        if calls[-1] > 2: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, batch, reduction)
+    wanted = [whole.step(n) for n in range(3)]
+    monkeypatch.setattr(type(scarce), "loss", loss)
+    assert [scarce.step(n) for n in range(3)] == pytest.approx(wanted, rel=1e-4)
+    assert calls == [8, 4] + [2]*12 and scarce.micro.log == [2]                                     # what was found in the first step is kept
+    got, expected = dict(scarce.model.named_parameters()), dict(whole.model.named_parameters())
+    assert all(torch.allclose(got[n], p, atol=1e-3) for n, p in expected.items() if p.requires_grad)
