@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['signal_scale', 'gate_signals', 'caption_loss', 'rows_of_step', 'rate_at', 'make_optimizer', 'trained_tensors',
-           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Batches', 'Trainer', 'mib', 'fit',
+           'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Batches', 'seen_as', 'Trainer', 'mib', 'fit',
            'calibration_batches', 'chosen_ranks', 'chosen_sizes', 'build']
 
 # %% ../nbs/09_train.ipynb #d6da6057
-import copy, json, math, time
+import copy, hashlib, json, math, time
 from bisect import bisect_right
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -162,11 +163,17 @@ class Batches:
         return {k: v.to(self.device) for k, v in batch.items()} | dict(signals=self.signals[rows], **frames)
 
 # %% ../nbs/09_train.ipynb #04491b3b
+def seen_as(pixels:torch.Tensor) -> str:
+    "Key of what a tower sees: another file, other frames or another size have other pixels."
+    return f"{tuple(pixels.shape)} {hashlib.sha256(pixels.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()}"
+
 class Trainer(Batches):
-    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit)."
-    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None):
+    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit); with `features` (a `lowmem.FeatureCache`) one, which its frozen towers see once."
+    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None,
+                 features=None):
         super().__init__(model, tokenizer, clips, captions, config, seed, asked)
-        self.model, self.micro = model, at_once and MicroBatches(at_once)
+        self.model, self.features = model, features
+        self.micro = MicroBatches(1) if features else at_once and MicroBatches(at_once)
         if gated_layers(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -177,7 +184,7 @@ class Trainer(Batches):
         frames = batch.pop("frames", None)
         if frames is not None: batch["pixel_values"] = batch["pixel_values"][:, :int(frames.max())]     # part of a batch may be shorter than the whole
         set_frame_signals(self.model, batch.pop("signals"), frames)
-        return caption_loss(self.model, batch, reduction)
+        with self.features(seen_as(batch["pixel_values"])) if self.features else nullcontext(): return caption_loss(self.model, batch, reduction)
 
     def step(self, n:int) -> float:
         batch = self.batch(n)
@@ -212,7 +219,8 @@ def _need(self:Trainer, clips:int, frames:int) -> int:
     "Peak bytes of a step with so many clips at once, of their first `frames` frames. No kernel runs."
     short, cut = copy.copy(self), lambda v: v if v is None else v[:, :frames] if v.ndim > 1 else v.clamp(max=frames)
     short.clips, short.signals = ClipSet(*map(cut, vars(self.clips).values())), self.signals[:, :frames]
-    return expected_peak(self.loss, self.model, rows_of(short.batch(0), 0, clips))
+    short.features = None                                              # the first time, a tower does run
+    return expected_peak(short.loss, self.model, rows_of(short.batch(0), 0, clips))
 
 def _nearest(self:Trainer, whole:int, memory:int) -> str:
     "The largest step below `whole` clips at once that fits, in words: fewer clips, or fewer frames of one."

@@ -18,7 +18,7 @@ from mmqlora.model import linears, new_model, save_model, small_config
 from mmqlora.scenes import vocabulary
 from mmqlora.steps import MasterAdamW, MicroBatches, pack, packed
 from mmqlora.temporal import GATES, TemporalLoraConfig, set_frame_signals, wire_gates
-from mmqlora.train import Trainer, fit
+from mmqlora.train import Trainer, fit, seen_as
 from mmqlora.train import build as build_run
 
 BLOCKED = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "video_llama_3", "video_llava", "llava_onevision", "internvl", "qwen2_5_omni"}
@@ -68,12 +68,35 @@ def test_all_levers_together_leave_loss_and_gradients_as_they_are(family):
 
 
 @pytest.mark.parametrize("lever", LEVERS)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_lever_alone_leaves_loss_and_gradients_as_they_are(family, lever):
     batch = video_inputs(family)
     loss, wanted = gradients(adapted(family), batch)
     again, found = gradients(adapted(family, levers=[lever], embeddings="host", head="stream", block=32), batch)
     assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
+
+
+OPTIONS = {"keep_attention": dict(levers=["blocks"], keep_attention=True), "host": dict(levers=["head", "label_loss"], head="host"),
+           "stream": dict(levers=["head"], head="stream")}        # offload and graphs need a GPU: cells `blocks+offload`, `blocks+graphs` of the benchmark
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_option_alone_leaves_loss_and_gradients_as_they_are(family, option):
+    batch = video_inputs(family)
+    loss, wanted = gradients(adapted(family), batch)
+    again, found = gradients(adapted(family, **OPTIONS[option]), batch)
+    assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_in_4_bits_is_near_and_says_where_it_does_not_apply(family):
+    batch = video_inputs(family)
+    loss, wanted = gradients(adapted(family), batch)
+    model = adapted(family, levers=["head"], head="nf4")
+    again, found = gradients(model, batch)
+    if model._mmqlora.done["head"]: assert 0 < abs(again - loss) < .1*loss and 0 < distance(found, wanted) < .5
+    else: assert again == loss and distance(found, wanted) == 0
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3", "qwen3_vl"])
@@ -135,6 +158,22 @@ def test_packing_equals_separate_clips(family):
     assert loss == pytest.approx(sum(p[0]*c for p, c in zip(parts, counts))/sum(counts), rel=1e-5)
     assert distance(found, wanted) < 1e-5
     assert distance(gradients(model, batch)[1], wanted) > 1e-2                     # without isolation the clips do see each other
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_packing_equals_padding(family):
+    clips = videos(2)
+    rows = [video_inputs(family, [clips[0]]), video_inputs(family, [clips[1][:2]], text=(20, 21, 22))]
+    width = max(r["input_ids"].shape[1] for r in rows)
+    blank = {"input_ids": 0, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
+    def wide(k, v): return F.pad(v, (width - v.shape[1], 0), value=blank[k]) if k in blank else v
+    padded = {k: torch.cat([wide(k, r[k]) for r in rows]) for k in rows[0]}
+    assert padded["attention_mask"].shape == (2, width) and not padded["attention_mask"].all()
+    loss, wanted = gradients(adapted(family), padded)                              # stock: two rows, the shorter one padded
+    model = adapted(family, levers=tuple(LEVERS))
+    batch, lengths = pack(model, rows)
+    again, found = gradients(model, batch, packed(model, lengths))
+    assert again == pytest.approx(loss, rel=1e-5) and distance(found, wanted) < 1e-5
 
 
 def test_loss_at_labels_equals_full_logits_to_the_bit():
@@ -361,3 +400,26 @@ def test_out_of_memory_in_a_step_of_the_trainer_halves_it_and_changes_no_weight(
     assert calls == [8, 4] + [2]*12 and scarce.micro.log == [2]                                     # what was found in the first step is kept
     got, expected = dict(scarce.model.named_parameters()), dict(whole.model.named_parameters())
     assert all(torch.allclose(got[n], p, atol=1e-3) for n, p in expected.items() if p.requires_grad)
+
+
+def test_a_run_after_low_memory_resumes_exactly_from_the_checkpoint_of_the_trainer(small_run, tmp_path):
+    def half(model):
+        for n, p in model.named_parameters():
+            if "lora_" in n: p.data = p.data.bfloat16()
+        low_memory(model)
+    whole, begun, resumed = small_run(half), small_run(half), small_run(half)
+    loss = fit(whole)["loss"]
+    fit(begun, tmp_path/"run.safetensors", stop=2)
+    assert fit(resumed, tmp_path/"run.safetensors")["loss"] == loss and isinstance(resumed.optimizer, MasterAdamW)
+    assert all(torch.equal(p, q) for p, q in zip(whole.trained, resumed.trained))
+
+
+def test_the_trainer_reads_features_from_a_cache_and_changed_pixels_or_frames_are_others(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmqlora.train.lean", lambda model: model)                  # it remembers frames itself, on a CPU only
+    plain, cached = small_run(), small_run()
+    def again(t, **more): return Trainer(t.model, t.tokenizer, t.clips, ["the red disc hops ."]*16, t.config, **more)
+    plain, cached = again(plain, at_once=1), again(cached, features=FeatureCache(cached.model, tmp_path))
+    assert fit(cached)["loss"] == pytest.approx(fit(plain)["loss"], rel=1e-4)
+    assert cached.features.hits == 4*8 - 16 == len(list(tmp_path.glob("*.safetensors")))       # two epochs of sixteen clips
+    pixels = cached.batch(0)["pixel_values"][:1]
+    assert len({seen_as(v) for v in (pixels, pixels[:, :2], pixels.flip(1), pixels + 1)}) == 4
