@@ -1,4 +1,5 @@
 "The planner: an imagined step counts what a real one holds, settings that fit are found, what does not fit is said before training."
+import re
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,9 @@ def test_the_command_line_plans(tmp_path):
     bad = run("--frames", "8", "--memory", "100MiB")
     assert bad.exit_code == 1 and "memory:" in bad.stderr
     assert "GiB or MiB" in run("--memory", "much").stderr
+    slow = run("--frames", "8", "--memory", "1GiB", "--timed", "8:stock_labels:60000")
+    assert slow.exit_code == 0 and "H100" in good.output and "H100" not in slow.output and int(re.search(r"about (\d+) ms", slow.output)[1]) > 1000
+    assert "frames:way:milliseconds" in run("--memory", "1GiB", "--timed", "fast").stderr
 
 
 RECORD = read_json(repo_path("results/efficiency.json"))
