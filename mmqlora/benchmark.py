@@ -6,7 +6,7 @@
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'MORE', 'WAYS', 'KINDS', 'BIG', 'shrink', 'config_of',
            'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
            'stock', 'label_logits', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell',
-           'compare_gradients', 'gradient_cell', 'profile_cell', 'count_cell', 'cells', 'target_cells', 'name_of',
+           'compare_gradients', 'gradient_cell', 'profile_cell', 'count_cell', 'cells', 'name_of', 'target_cells',
            'run_cell', 'efficiency', 'table_of', 'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
@@ -232,6 +232,7 @@ def measure(step, device:str, warm:int=2, steps:int=5, limit_s:float=40.) -> dic
     return dict(step_ms=round(median(kept), 2), step_ms_all=[round(t, 2) for t in times], peak_bytes=_memory(device), reserved_bytes=_memory(device, "max_memory_reserved"),
                 resident_bytes=before, loss=float(loss), first_loss=float(first))
 
+# %% ../nbs/12c_benchmark.ipynb #5d7dd680
 def stepper(loss, optimizer, batch):
     "One full step: forward, backward, optimizer."
     def step():
@@ -354,6 +355,9 @@ def cells() -> list[dict]:
             step("stock_keep", 32), *(step(way, 32) for way in ("tower+windows", "tower", "windows", "adapters", "embeddings", "head_host", "label_loss")),
             step("stock", 64), step("stock", 128), seen("stock_labels", 32)]
 
+def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
+
+# %% ../nbs/12c_benchmark.ipynb #a9a6d57b
 def target_cells() -> list[dict]:
     "All pairs of the targets, to be run in one lease; then operations, and each lever alone on `stock_labels`."
     step = lambda way, frames, model=BIG: dict(kind="step", model=model, way=way, frames=frames)
@@ -364,9 +368,7 @@ def target_cells() -> list[dict]:
             *(step(way, 16, "idefics-9b") for way in ("ours", "stock_labels")), *(step(way, 32, "video-llama3-7b") for way in ("ours", "stock_labels")),
             *(step(way, 32) for way in alone[1:]), step("stock", 32), step("stock", 64), step("ours_small", 512)]
 
-def name_of(cell:dict) -> str: return "/".join(str(v) for v in cell.values())
-
-# %% ../nbs/12c_benchmark.ipynb #88fd504c
+# %% ../nbs/12c_benchmark.ipynb #77bf1a21
 def run_cell(cell:dict, kinds:dict, device:str, small:bool) -> dict:
     "What a cell measures; `oom`: it asked for more memory than there is; `error`: anything else. What earlier cells left on the device (`leak_bytes`) is not counted."
     leak, reserved = _memory(device, "memory_allocated"), _memory(device, "memory_reserved")
@@ -377,6 +379,7 @@ def run_cell(cell:dict, kinds:dict, device:str, small:bool) -> dict:
         if leak and result.get(key) is not None: result[key] -= left
     return result | (dict(leak_bytes=leak) if leak else {})
 
+# %% ../nbs/12c_benchmark.ipynb #88fd504c
 def efficiency(out, limit_s:float=540., device:str|None=None, small:bool=False, only=None, commit:str="", todo=None, kinds=KINDS) -> dict:
     "Measure the cells (default: `cells()`) that `out` (a JSON file) does not hold yet, until `limit_s` seconds have passed; written after each."
     begin, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -471,11 +471,12 @@ def low_memory(
         if name in levers: report.done[name] = lever(model, options)
     return report
 
-# %% ../nbs/09c_lowmem.ipynb #acfa0718
+# %% ../nbs/09c_lowmem.ipynb #7b18c78c
 def clip_key(path, frames, side:int) -> str:
     "Key of some frames (numbers) of a video file at `side` pixels: another file of that name has another key."
     return content_hash([file_hash(path), list(frames), side])
 
+# %% ../nbs/09c_lowmem.ipynb #acfa0718
 class FeatureCache:
     "Features of frozen towers by key: `with cache(key): model(**batch)` computes them once. `folder=None`: in memory only."
     def __init__(self, model, folder=None):

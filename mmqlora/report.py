@@ -36,6 +36,7 @@ from .figures import (BASELINES, BIG, FEW, FEWEST, GATES, MEASURES, METHODS, RAN
                              differing, efficiency_figure, gates_figure, kib, laws_figure, levers_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import KINDS, error_counts
+from .leases import latest, pairs
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
 from .statistics import cohens_d
@@ -437,9 +438,9 @@ def efficiency_macros(e:Evidence) -> dict:
             c = measured(e, way, frames)
             out |= {f"eff.{way}.{frames}.gib": number(c and c["peak_bytes"]/2**30, 2), f"eff.{way}.{frames}.s": number(c and c["step_ms"]/1000, 2)}
     for name, key in (("less", "peak_bytes"), ("faster", "step_ms")):
-        for frames in (32, 128):
-            a, b = measured(e, "stock_labels", frames), measured(e, "lean", frames)
-            out[f"eff.{name}.{frames}"] = number(a and b and a[key]/b[key], 1)
+        for frames in (32, 64, 128):
+            lean, stock = next((p[frames] for way in LEAN if frames in (p := pairs(e.efficiency, way, "stock_labels", BIG))), (None, None))   # of one lease
+            out[f"eff.{name}.{frames}"] = number(lean and stock[key]/lean[key], 1)
     gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c), {})
     for name in ("stock_labels", *LEAN, "ours_graphs"): out[f"eff.gradient.{name}"] = percent(gradient.get(name, {}).get("error"))
     levers = [g["error"] for g in gradient.values() if isinstance(g, dict)]
@@ -701,14 +702,14 @@ EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows"
          "tower+parts", "head_stream", "head_nf4", "head_fetch", "blocks+offload", "blocks+keep", "blocks+graphs")
 
 def _steps(cells, names:dict) -> str:
-    def row(c): return [*(f(c) for f in names.values()), number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])]
+    def row(c): return [*(f(c) for f in names.values()), *(["out of memory", "--"] if c.get("oom") else [number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])])]
     return tabular("l"*len(names) + "rr", [[*names, "Peak GiB", "ms/step"]], [row(c) for c in cells])
 
 def efficiency_table(e:Evidence) -> str:
     "Peak and time of a step, stock and ours, by model and frames."
-    cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED]
-    cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c["peak_bytes"]))
-    return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]), "Step": lambda c: run_name(c["way"]),
+    cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED] + [c for c in latest(e.efficiency["cells"]).values() if c.get("oom")]
+    cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c.get("peak_bytes", 0)))
+    return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]) if "tokens" in c else "--", "Step": lambda c: run_name(c["way"]),
                           "Card": lambda c: str(c.get("gpu")).split()[1] if len(str(c.get("gpu")).split()) > 1 else "--"})
 
 def levers_table(e:Evidence) -> str:
