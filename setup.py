@@ -15,6 +15,6 @@ setuptools.setup(
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
     packages=setuptools.find_packages(include=["mmqlora*"]), python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "gpu")},
     entry_points={"console_scripts": [cfg["console_scripts"]]}, zip_safe=False,
 )

@@ -7,7 +7,7 @@ __all__ = ['app', 'console', 'errors', 'IMPORT_HELP', 'command', 'corpus', 'trai
            'plan', 'main']
 
 # %% ../nbs/15_cli.ipynb #eb619f0b
-import functools
+import functools, re
 from pathlib import Path
 from typing import Annotated
 
@@ -146,21 +146,30 @@ def _bytes(text:str) -> int:
     raise InputError("--memory", f"not a size: '{text}'", "a number and GiB or MiB, such as 8GiB")
 
 # %% ../nbs/15_cli.ipynb #4f44b315
+def _timed(text:str) -> tuple[int, str, float] | None:
+    "(frames, way, seconds) of '32:stock_labels:3067'; None of ''."
+    found = re.fullmatch(r"(\d+):(\w+):([\d.]+)", text)
+    if text and not found: raise InputError("--timed", f"not a timed step: '{text}'", "frames:way:milliseconds, such as 32:stock_labels:3067")
+    return (int(found[1]), found[2], float(found[3])/1000) if found else None
+
 @command
 def plan(model: Annotated[str, typer.Argument(help="Folder with a config.json, hub name, or an architecture of the benchmark (qwen2.5-vl-7b, ...).")],
          memory: Annotated[str, typer.Option(help="Memory of the GPU, such as 8GiB.")],
          frames: Annotated[int | None, typer.Option(min=2, help="Frames of a clip (default: as many as fit).")] = None,
          rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters (default: 16, or less where that does not fit).")] = None,
-         side: Annotated[int, typer.Option(help="Pixels of a frame, where the tower takes any size.")] = 336):
+         side: Annotated[int, typer.Option(help="Pixels of a frame, where the tower takes any size.")] = 336,
+         timed: Annotated[str, typer.Option(help="A step of this model that you timed, as frames:way:milliseconds, such as 32:stock_labels:3067. Default: an H100.")] = ""):
     "Say what a training step needs, from the configuration alone, and the best setting that fits a memory."
     size = _bytes(memory)                                                # a wrong size fails before torch is loaded
-    from mmqlora.planner import Calibration, gib
+    known = _timed(timed)
+    from mmqlora.planner import Calibration, Setting, calibrate, gib, predict
     from mmqlora.planner import plan as best
     p = best(model, size, frames, rank, side)
-    card, table = Calibration(), Table("", "", title=f"{model} in {memory}", show_header=False)
+    card = calibrate(predict(model, Setting(known[0], way=known[1], side=side)), known[2]) if known else Calibration()
+    table = Table("", "", title=f"{model} in {memory}", show_header=False)
     rows = {"weights": p.setting.weights, "checkpointing": p.setting.checkpointing, "head": p.setting.where, "frames": str(p.setting.frames), "rank": str(p.setting.rank),
             "tokens": f"{p.tokens:,}", "resident": gib(p.resident), "optimizer": gib(p.optimizer), "activations": gib(p.activations), "peak": gib(p.peak),
-            "operations": f"{p.flops/1e12:.1f} TFLOP", "step on an H100": f"about {1000*card.seconds(p):.0f} ms"}
+            "operations": f"{p.flops/1e12:.1f} TFLOP", "step" if known else "step on an H100": f"about {1000*card.seconds(p):.0f} ms"}
     for name, value in rows.items(): table.add_row(name, value)
     console.print(table)
 

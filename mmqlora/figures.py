@@ -9,7 +9,8 @@ __all__ = ['MEASURES', 'SPLITS', 'BASIC', 'METHODS', 'REFERENCE', 'SELECTORS', '
            'summary', 'mark', 'seed_dots', 'main_figure', 'selectors_figure', 'gates_figure', 'selection_figure',
            'contact_figure', 'scaling_points', 'close_ticks', 'change_text', 'size_ticks', 'laws_figure', 'comparable',
            'cost_axes', 'pareto_figure', 'errors_figure', 'step_cells', 'efficiency_figure', 'planner_figure',
-           'effective_rank', 'effective_ranks', 'spectra_figure', 'gatemap_figure', 'gallery_figure']
+           'lever_pairs', 'levers_figure', 'effective_rank', 'effective_ranks', 'spectra_figure', 'gatemap_figure',
+           'gallery_figure']
 
 # %% ../nbs/14_figures.ipynb #d3a75efc
 import functools
@@ -26,6 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from .config import Selector
 from .core import InputError, atomic_path
 from .errors import KINDS
+from .leases import floor_ms, latest, measured, pairs
 from .scaling import ScalingFit, flatness, pareto_front
 
 # %% ../nbs/14_figures.ipynb #f05ed695
@@ -327,8 +329,8 @@ BIG = "qwen2.5-vl-7b"
 WAY_NAMES = dict(stock="stock", stock_labels="stock, logits at labels", ours="ours", ours_small="ours, head and inputs on host", ours_least="ours, leanest")
 
 def step_cells(cells:dict, model:str|None=BIG) -> list[dict]:
-    "Measured steps of `model` (None: of all) at the default rank, in the order of the record."
-    return [c for c in cells.values() if c["kind"] == "step" and model in (None, c["model"]) and "error" not in c and not c.get("cached") and c.get("rank", 16) == 16]
+    "Measured steps of `model` (None: of all) at the default rank, each way as the last lease found it, in the order of the record."
+    return [c for c in latest(cells).values() if c["kind"] in ("step", "repeat") and model in (None, c["model"]) and measured(c) and not c.get("cached") and c.get("rank", 16) == 16]
 
 @drawn
 def efficiency_figure(cells:dict) -> Figure:
@@ -338,24 +340,28 @@ def efficiency_figure(cells:dict) -> Figure:
         rows = sorted((c["frames"], c["peak_bytes"]/2**30, c["step_ms"]/1000) for c in step_cells(cells) if c["way"] == way)
         for ax, column in zip(axes, (1, 2)):
             if rows: ax.plot([r[0] for r in rows], [r[column] for r in rows], color=PALETTE[i], marker=MARKERS[i], label=label)
+    floor = {c["frames"]: floor_ms(c["weights"], c["tokens"])/1000 for c in step_cells(cells) if "weights" in c}
+    axes[1].plot(sorted(floor), [floor[f] for f in sorted(floor)], color=".3", ls=":", lw=1, label="floor, 6PT operations")
+    for c in latest(cells).values():                                    # what was tried and did not fit, above all others
+        if c.get("oom") and c.get("model") == BIG and c["way"] in WAY_NAMES and c.get("total_bytes"):
+            i = list(WAY_NAMES).index(c["way"])
+            axes[0].plot([c["frames"]], [c["total_bytes"]/2**30], ls="", marker="x", color=PALETTE[i], label=f"{WAY_NAMES[c['way']]}: out of memory")
     axes[0].set(yscale="log", ylabel="peak memory, GiB"); axes[1].set(xscale="log", yscale="log", xlabel="frames", ylabel="step, s")
     for axis in (axes[0].yaxis, axes[1].yaxis, axes[1].xaxis): close_ticks(axis)
     axes[1].set_xticks(frames := sorted({c["frames"] for c in step_cells(cells)}), [str(f) for f in frames]); axes[1].minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=2, loc="outside upper center")
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), ncols=2, loc="outside upper center")
     return figure
 
 # %% ../nbs/14_figures.ipynb #445cb460
 @drawn
 def planner_figure(predictions:list[dict]) -> Figure:
-    "Predicted against measured, every step that was measured: peak above; time of ours and stock below, the run that calibrates as a ring. A dot on the line is exact."
+    "Predicted against measured, every step that was measured: peak above; time below, the step that calibrates each lease as a ring. A dot on the line is exact."
     figure, axes = canvas(COLUMN, 3.1, rows=2)
     def model(p): return p["cell"].split("/")[1]
     names = list(dict.fromkeys(model(p) for p in predictions if p.get("measured_peak")))
-    timed = {p["cell"]: p["bound_ms"] for p in predictions if p.get("measured_ms") and "bound_ms" in p and ("/ours" in p["cell"] or "/stock" in p["cell"])}
-    one = next((p for p in predictions if p["cell"] == "step/qwen2.5-vl-7b/ours_small/32" and p.get("measured_ms")), None)
-    factor = one["measured_ms"]/timed[one["cell"]] if one else 1.
     peaks = [(model(p), p["measured_peak"]/2**30, p["peak"]/2**30) for p in predictions if p.get("measured_peak")]
-    times = [(model(p), p["measured_ms"], factor*timed[p["cell"]]) for p in predictions if p["cell"] in timed]
+    times = [(model(p), p["measured_ms"], p["predicted_ms"]) for p in predictions if p.get("predicted_ms")]
     for ax, points, what in ((axes[0], peaks, "peak, GiB"), (axes[1], times, "step, ms")):
         for i, m in enumerate(names):
             ax.plot([x for n, x, _ in points if n == m], [y for n, _, y in points if n == m], ls="", color=PALETTE[i], marker=MARKERS[i], label=m)
@@ -363,8 +369,29 @@ def planner_figure(predictions:list[dict]) -> Figure:
         ends = min((v for row in points for v in row[1:]), default=1)*.8, max((v for row in points for v in row[1:]), default=2)*1.25
         ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"measured {what}", ylabel=f"predicted {what}")
         for axis in (ax.xaxis, ax.yaxis): close_ticks(axis)
-    if one: axes[1].plot(one["measured_ms"], one["measured_ms"], ls="", marker="o", ms=9, mfc="none", color=".3")
+    ones = [p["measured_ms"] for p in predictions if p.get("calibrates")]
+    axes[1].plot(ones, ones, ls="", marker="o", ms=9, mfc="none", color=".3")
     axes[0].legend()
+    return figure
+
+# %% ../nbs/14_figures.ipynb #4e6a4dd7
+def lever_pairs(record:dict, frames:int=32) -> dict[str, tuple[float, float]]:
+    "way -> (peak, time) over that of `stock_labels` in the same lease: every lever of the large model, alone and all together."
+    ways = dict.fromkeys(c["way"] for c in step_cells(record["cells"]) if c["way"] != "stock_labels")
+    found = {way: pairs(record, way, "stock_labels", BIG).get(frames) for way in ways}
+    return {way: (a["peak_bytes"]/b["peak_bytes"], a["step_ms"]/b["step_ms"]) for way, (a, b) in ((w, p) for w, p in found.items() if p)}
+
+@drawn
+def levers_figure(record:dict) -> Figure:
+    "Memory and time of each lever alone, and of all together, over those of stock with logits at labels: below 1 is a gain."
+    rows = sorted(lever_pairs(record).items(), key=lambda row: -row[1][1])
+    figure, axes = canvas(COLUMN, 1. + .16*len(rows), columns=2, sharey=True)
+    for ax, column, what in ((axes[0], 0, "peak memory"), (axes[1], 1, "time")):
+        colors = [PALETTE[0] if way.startswith("ours") else ".6" for way, _ in rows]
+        ax.barh([way for way, _ in rows], [r[column] for _, r in rows], color=colors)
+        ax.axvline(1, color=".2", lw=.8)
+        ax.set(xlabel=f"{what} / stock")
+        ax.grid(False, axis="y"); ax.grid(True, axis="x")
     return figure
 
 # %% ../nbs/14_figures.ipynb #f9d55f69

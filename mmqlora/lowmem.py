@@ -6,7 +6,7 @@
 __all__ = ['WINDOWS', 'PARTS', 'LEVERS', 'base_of', 'patch', 'is_frozen', 'towers', 'without_grad', 'frozen_towers',
            'windows_attention', 'batched_windows', 'align', 'aligned_towers', 'in_parts', 'tower_parts', 'HeadRows',
            'LinearLoss', 'linear_loss', 'label_loss', 'host_embeddings', 'host_head', 'packed_weight', 'quantize_head',
-           'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report', 'low_memory',
+           'LinearFunction', 'fuse_linear', 'recompute', 'blocks', 'half_adapters', 'Report', 'low_memory', 'clip_key',
            'FeatureCache']
 
 # %% ../nbs/09c_lowmem.ipynb #64607725
@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel, modeling_outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .blocks import Group, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, project, project_grad, read_linear
-from .core import InputError, atomic_path, content_hash
+from .core import InputError, atomic_path, content_hash, file_hash
 from .ledger import in_host
 
 # %% ../nbs/09c_lowmem.ipynb #6ffe2d58
@@ -470,6 +470,11 @@ def low_memory(
     for name, lever in LEVERS.items():
         if name in levers: report.done[name] = lever(model, options)
     return report
+
+# %% ../nbs/09c_lowmem.ipynb #7b18c78c
+def clip_key(path, frames, side:int) -> str:
+    "Key of some frames (numbers) of a video file at `side` pixels: another file of that name has another key."
+    return content_hash([file_hash(path), list(frames), side])
 
 # %% ../nbs/09c_lowmem.ipynb #acfa0718
 class FeatureCache:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKSPACE', 'CANDIDATES', 'RANKS', 'Setting', 'Prediction', 'load_config', 'predict', 'graph_bytes', 'Calibration',
-           'calibrate', 'compare', 'seconds_of', 'gib', 'plan', 'fits_or_raise']
+           'calibrate', 'compare', 'timed', 'operations', 'check_operations', 'gib', 'plan', 'fits_or_raise']
 
 # %% ../nbs/12d_planner.ipynb #0159840c
 import warnings
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from .benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
 from .core import InputError
+from .leases import lease_of, measured
 from .ledger import counted, free_memory, held, in_host, step_bytes
 from .overhead import method_model
 from .temporal import set_frame_signals
@@ -113,35 +115,73 @@ def graph_bytes(model, tokens:int) -> int:
 # %% ../nbs/12d_planner.ipynb #68ea89b2
 @dataclass(frozen=True)
 class Calibration:
-    "Speed of a card: datasheet-like ceilings, and the factor between bound and truth."
+    "Speed of a machine: datasheet-like ceilings, and the factor between bound and truth."
     flops: float = 790e12            # Per second, measured with a large bf16 product on an H100 or H200
     bytes: float = 3.0e12            # Per second, measured with a large copy on an H100
     call: float = 25e-6              # Seconds the host needs per operation, Python and autograd included
     factor: float = 1.2
 
-    def bound(self, p) -> float: return max(p.flops/self.flops + p.moved/self.bytes, p.calls*self.call)
-    def seconds(self, p:Prediction) -> float: return self.factor*self.bound(p)
+    def bound(self, flops:int, moved:int, calls:int) -> float:
+        card, host = flops/self.flops + moved/self.bytes, calls*self.call
+        return (card**4 + host**4)**.25                                 # near the larger one; both equal: 19 % more
+    def seconds(self, p:Prediction) -> float: return self.factor*self.bound(p.flops, p.moved, p.calls)
 
 def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Calibration:
-    "The card on which the step of `p` took `seconds`."
-    return replace(card, factor=seconds/card.bound(p))
+    "The machine on which the step of `p` took `seconds`."
+    return replace(card, factor=card.factor*seconds/card.seconds(p))
 
 # %% ../nbs/12d_planner.ipynb #e5e77235
-def compare(cells:dict, known=()) -> list[dict]:
-    "Predictions for the measured cells of a benchmark record, next to what was measured; `known`: those made before."
-    out = {row["cell"]: row for row in known}
-    for name, cell in cells.items():
-        if cell["kind"] not in ("step", "count", "gated", "repeat") or "error" in cell or cell.get("cached"): continue
-        if name not in out:
-            p = predict(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"], gate=cell.get("gate", "none")))
-            out[name] = dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, calls=p.calls, transformers=transformers.__version__)
-        out[name] |= dict(bound_ms=round(1000*seconds_of(out[name], Calibration(factor=1.)), 2))
-        out[name] |= dict(measured_peak=cell.get("peak_bytes"), measured_ms=cell.get("step_ms"), measured_flops=cell.get("flops"))
-    return list(out.values())
+def _row(name:str, cell:dict) -> dict:
+    p = predict(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"], gate=cell.get("gate", "none")))
+    return dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, calls=p.calls, transformers=transformers.__version__)
 
-def seconds_of(row:dict, card:Calibration) -> float:
-    "What a card makes of a row of `compare`."
-    return card.factor*max(row["flops"]/card.flops + row["moved"]/card.bytes, row["calls"]*card.call)
+def compare(cells:dict, known=(), leases=()) -> list[dict]:
+    "Predictions for the measured cells of a benchmark record, next to what was measured; `known`: those made before."
+    out, counts = {row["cell"]: dict(row) for row in known if row["cell"] in cells}, {}
+    for name, cell in cells.items():
+        if cell["kind"] == "count" and measured(cell): counts[_counted(cell)] = cell["flops"]
+        if cell["kind"] not in ("step", "gated", "repeat") or not measured(cell) or cell.get("cached"): continue
+        row = out[name] if name in out else out.setdefault(name, _row(name, cell))
+        bound = 1000*Calibration().bound(row["flops"], row["moved"], row["calls"])
+        row |= dict(measured_peak=cell["peak_bytes"], measured_ms=cell["step_ms"], bound_ms=round(bound, 2), lease=lease_of(cell, leases))
+    for name, row in out.items(): row["measured_flops"] = counts.get(_counted(cells[name]))
+    return timed(list(out.values()))
+
+def _counted(cell:dict) -> tuple: return *(cell.get(k) for k in ("model", "way", "frames")), cell.get("rank", 16), cell.get("gate", "none")
+
+def timed(rows:list[dict]) -> list[dict]:
+    "`rows` with `predicted_ms`, by the one step of each lease that calibrates (the first of `stock_labels`); without such a step there is none."
+    ones = {}
+    for row in rows:
+        if row["cell"].split("/")[2] == "stock_labels" and not row["cell"].startswith("gated"): ones.setdefault(row["lease"], row)
+    for row in rows:
+        one = ones.get(row["lease"])
+        row |= dict(calibrates=row is one, predicted_ms=round(row["bound_ms"]*one["measured_ms"]/one["bound_ms"], 2) if one else None)
+    return rows
+
+
+# %% ../nbs/12d_planner.ipynb #4b572a47
+def operations(model, setting:Setting) -> int:
+    "Operations of a setting's step by PyTorch's own counter, with 16-bit weights in place of 4-bit ones, which it does not know: what `predict` must find."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        imagined = _imagined(load_config(model), replace(setting, quantization="none"))
+        loss, _ = set_up(imagined, setting.way)
+        batch = make_batch(imagined, setting.frames, "meta", side=setting.side)
+        if setting.gate != "none": set_frame_signals(imagined, torch.zeros(1, setting.frames, 2, device="meta"))
+        with counted(imagined=True), FlopCounterMode(display=False) as c: loss(batch).backward()
+    return c.get_total_flops()
+
+def check_operations(cells:list[dict], known=()) -> list[dict]:
+    "Planned operations of cells next to `operations`; minutes for a large model."
+    out = {row["cell"]: row for row in known}
+    for cell in cells:
+        name, setting = f"{cell['model']}/{cell['way']}/{cell['frames']}", Setting(cell["frames"], way=cell["way"])
+        if name in out: continue
+        try: found = operations(cell["model"], setting)
+        except AssertionError: found = None                             # PyTorch's counter follows gradients through modules: not through every tower that has none
+        out[name] = dict(cell=name, planned=predict(cell["model"], setting).flops, counted=found)
+    return list(out.values())
 
 # %% ../nbs/12d_planner.ipynb #66a0595a
 CANDIDATES = (dict(quantization="none", keep_attention=True), dict(quantization="none"), dict(keep_attention=True), dict(),

@@ -6,7 +6,7 @@
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
            'GPU_PLAN', 'GPU_ADDED', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
            'EXTENDED', 'GPU_EXTENDED', 'EXPECTED', 'LEAST', 'IN_SHORT', 'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS',
-           'AXES', 'LOSSES', 'SHORT', 'LEAN', 'CALIBRATED', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'QUOTED',
+           'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'STEP_TARGETS', 'QUOTED',
            'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Evidence', 'load_gpu',
            'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name',
            'contrast', 'compare', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes',
@@ -20,9 +20,9 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
            'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
            'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table',
-           'provenance_table', 'laws_table', 'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure',
-           'markdown_table', 'verdicts_markdown', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report',
-           'check_keys']
+           'provenance_table', 'target_rows', 'targets_table', 'laws_table', 'errors_table', 'kinds_table',
+           'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown', 'results_markdown',
+           'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -37,9 +37,10 @@ import numpy as np
 from .config import Params, load_params, run_config, under
 from .core import InputError, content_hash, read_json, repo_path, write_text
 from .figures import (BASELINES, BASIC, BIG, FEW, FEWEST, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, contact_figure, effective_ranks, gallery_figure, gatemap_figure, spectra_figure,
-                             differing, efficiency_figure, gates_figure, kib, laws_figure, main_figure, pareto_figure, planner_figure, save_figure,
+                             differing, efficiency_figure, gates_figure, kib, laws_figure, levers_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import FIRST, KINDS, error_counts, first_errors
+from .leases import latest, pairs
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
 from .statistics import cohens_d, over_seeds, seeded_contrast
@@ -549,12 +550,10 @@ def _of_kind(e:Evidence, *kinds) -> list[dict]:
     "The cells of these kinds that were measured."
     return [c for c in e.efficiency["cells"].values() if c["kind"] in kinds and "error" not in c]
 
-CALIBRATED = "step/qwen2.5-vl-7b/ours_small/32"       # the one run whose time is known to the planner
-
-def planner_delays(e:Evidence, way:str="/ours") -> np.ndarray:
-    "Predicted over measured time, minus one, of every step of a way but the one that calibrates."
-    rows = {p["cell"]: p["bound_ms"]/p["measured_ms"] for p in e.efficiency["predictions"] if p.get("measured_ms") and "bound_ms" in p}
-    return np.array([r/rows[CALIBRATED] - 1 for n, r in rows.items() if n != CALIBRATED and way in n]) if CALIBRATED in rows else np.array([])
+def planner_delays(e:Evidence, way:str="") -> np.ndarray:
+    "Predicted over measured time, minus one, of every step (of a way) but those that calibrate a lease."
+    rows = [p for p in e.efficiency["predictions"] if p.get("predicted_ms") and not p["calibrates"]]
+    return np.array([p["predicted_ms"]/p["measured_ms"] - 1 for p in rows if way in p["cell"]])
 
 # %% ../nbs/14a_report.ipynb #a7e4aa49
 def gate_macros(e:Evidence) -> dict:
@@ -585,9 +584,9 @@ def efficiency_macros(e:Evidence) -> dict:
             c = measured(e, way, frames)
             out |= {f"eff.{way}.{frames}.gib": number(c and c["peak_bytes"]/2**30, 2), f"eff.{way}.{frames}.s": number(c and c["step_ms"]/1000, 2)}
     for name, key in (("less", "peak_bytes"), ("faster", "step_ms")):
-        for frames in (32, 128):
-            a, b = measured(e, "stock_labels", frames), measured(e, "lean", frames)
-            out[f"eff.{name}.{frames}"] = number(a and b and a[key]/b[key], 1)
+        for frames in (32, 64, 128):
+            lean, stock = next((p[frames] for way in LEAN if frames in (p := pairs(e.efficiency, way, "stock_labels", BIG))), (None, None))   # of one lease
+            out[f"eff.{name}.{frames}"] = number(lean and stock[key]/lean[key], 1)
     gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c), {})
     for name in ("stock_labels", *LEAN, "ours_graphs"): out[f"eff.gradient.{name}"] = percent(gradient.get(name, {}).get("error"))
     levers = [g["error"] for g in gradient.values() if isinstance(g, dict)]
@@ -595,6 +594,7 @@ def efficiency_macros(e:Evidence) -> dict:
     errors, late, stock = abs(planner_errors(e)), planner_delays(e), planner_delays(e, "/stock")
     packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "ours_small" in name]
     out |= {"eff.planner.stock.n": str(len(stock)), "eff.planner.stock.worst": percent(float(abs(stock).max()) if len(stock) else None)}
+    out["eff.planner.calibrations"] = str(sum(bool(p.get("calibrates")) for p in e.efficiency["predictions"]))
     out |= {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": percent(float(abs(late).max()) if len(late) else None), "eff.packed": number(max(packed, default=None), 2), "eff.packed.least": number(min(packed, default=None), 2)}
     out |= gate_macros(e)
     out["eff.errors"] = str(len(e.efficiency.get("errors", {})))
@@ -913,17 +913,19 @@ def rates_table(e:Evidence) -> str:
     return tabular("llrrrr", [["Profile", "Run", "Training", "Captions", "Retrieval", "Evaluation"]], [*alone, None, *runs])
 
 # %% ../nbs/14a_report.ipynb #a593abe9
-EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss")
+EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss", "aligned", "tower+aligned", "parts",
+         "tower+parts", "head_stream", "head_nf4", "head_fetch", "blocks+offload", "blocks+keep", "blocks+graphs")
 
 def _steps(cells, names:dict) -> str:
-    def row(c): return [*(f(c) for f in names.values()), number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])]
+    def row(c): return [*(f(c) for f in names.values()), *(["out of memory", "--"] if c.get("oom") else [number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])])]
     return tabular("l"*len(names) + "rr", [[*names, "Peak GiB", "ms/step"]], [row(c) for c in cells])
 
 def efficiency_table(e:Evidence) -> str:
     "Peak and time of a step, stock and ours, by model and frames."
-    cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED]
-    cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c["peak_bytes"]))
-    return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]), "Step": lambda c: run_name(c["way"])})
+    cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED] + [c for c in latest(e.efficiency["cells"]).values() if c.get("oom")]
+    cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c.get("peak_bytes", 0)))
+    return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]) if "tokens" in c else "--", "Step": lambda c: run_name(c["way"]),
+                          "Card": lambda c: str(c.get("gpu")).split()[1] if len(str(c.get("gpu")).split()) > 1 else "--"})
 
 def levers_table(e:Evidence) -> str:
     "Each lever of the low-memory step by itself, on the large model at 32 frames, between the stock step and all together."
@@ -1069,6 +1071,41 @@ TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_ta
               verdicts=verdicts_table, interactions=interactions_table, extended=extended_table, examples=lambda e: examples_table(e),
               laws=lambda e: laws_table({f"{tier}: {axis}": fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
 
+# %% ../nbs/14a_report.ipynb #c695d53a
+def _worst(values) -> float|None: return max(map(abs, values), default=None)
+
+STEP_TARGETS = {32: (6, .4), 128: (10, 1.5)}           # frames -> GiB, seconds: one way must keep both
+
+def _step_rows(e:Evidence, frames:int, limits:tuple) -> list[tuple]:
+    "Rows of the way of `LEAN` that comes nearest to both limits; reserved: with what the allocator holds beside it."
+    def sizes(c): return c["peak_bytes"]/2**30, c["step_ms"]/1000
+    cells = [c for c in step_cells(e.efficiency["cells"]) if c["frames"] == frames and c["way"] in LEAN]
+    best = min(cells, key=lambda c: max(v/most for v, most in zip(sizes(c), limits)), default=None)
+    peak, seconds = sizes(best) if best else (None, None)
+    name, held = f"{frames} frames, {run_name(best['way']) if best else 'ours'}: ", best and best.get("reserved_bytes")
+    return [(name + "peak", limits[0], peak, "GiB"), (name + "reserved", limits[0], held and held/2**30, "GiB"), (name + "time", limits[1], seconds, "s")]
+
+# %% ../nbs/14a_report.ipynb #548118e1
+def target_rows(e:Evidence) -> list[tuple]:
+    "(target, limit, measured, unit) of the low-memory step and of the planner; None: not measured."
+    gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c and "ours" in c), {})
+    off = [gradient[w]["error"]/gradient["stock_labels"]["error"] for w in LEAN if w in gradient]
+    gates = {c["way"]: c["steps"] for c in _of_kind(e, "gates")}.get("ours_graphs", {})
+    counts = [p["flops"]/p["measured_flops"] - 1 for p in e.efficiency["predictions"] if p.get("measured_flops")]
+    counts += [row["planned"]/row["counted"] - 1 for row in e.efficiency.get("operations", []) if row["counted"]]
+    rows = [row for limits in STEP_TARGETS.items() for row in _step_rows(e, *limits)]
+    return rows + [("gradient error over stock's, 16 bits", 1.2, _worst(off), ""), ("gate per rank, time it adds", .03, gates["rank"]["time_ratio"] - 1 if "rank" in gates else None, ""),
+                   ("planner, worst peak", .05, _worst(planner_errors(e)), ""), ("planner, worst time", .25, _worst(planner_delays(e)), ""), ("planner, worst operations", .02, _worst(counts), "")]
+
+def targets_table(e:Evidence) -> str:
+    "Each target, what was measured, their ratio, and whether it is met. Gradients within the tolerance of 16 bits: at most a fifth further from fp32 than stock's."
+    def row(name, limit, found, unit):
+        if found is None: return [name, f"{limit:g} {unit}".strip(), "--", "--", "not measured"]
+        return [name, f"{limit:g} {unit}".strip(), f"{found:.3g} {unit}".strip(), number(found/limit, 2), "yes" if found <= limit else "no"]
+    return tabular("lrrrl", [["Target", "At most", "Measured", "Ratio", "Met"]], [row(*r) for r in target_rows(e)])
+
+TABLES["targets"] = targets_table
+
 # %% ../nbs/14a_report.ipynb #c10dd07d
 def laws_table(fits:dict) -> str:
     "A row per `ScalingFit` of {name: fit}: exponents with intervals, floor, error on the held-out sizes beside a constant's, verdict, change."
@@ -1143,6 +1180,9 @@ def results_markdown(e:Evidence) -> str:
         clips, seeds = len(records[REFERENCE]["per_clip"]["test.exact"][0]), max(len(r["config"]["seeds"]) for r in records.values())
         return f"Tier `{tier}`, {clips} test clips, mean over up to {seeds} seeds.\n\n{markdown_table(header, [row(*each) for each in records.items()])}\n"
     return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in e.tiers.items())
+
+# %% ../nbs/14a_report.ipynb #99624e8a
+FIGURES["levers"] = lambda e: levers_figure(e.efficiency)
 
 # %% ../nbs/14a_report.ipynb #7a5dd238
 @contextmanager

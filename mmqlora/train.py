@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['READERS', 'signal_scale', 'gate_signals', 'caption_loss', 'rows_of_step', 'rate_at', 'make_optimizer',
-           'trained_tensors', 'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Batches', 'Trainer', 'fit',
-           'calibration_batches', 'chosen_ranks', 'chosen_sizes', 'build']
+           'trained_tensors', 'save_checkpoint', 'load_checkpoint', 'keep_signal_scale', 'Batches', 'seen_as',
+           'Trainer', 'mib', 'fit', 'calibration_batches', 'chosen_ranks', 'chosen_sizes', 'build']
 
 # %% ../nbs/09_train.ipynb #d6da6057
-import json, math, time
+import copy, hashlib, json, math, time
+from bisect import bisect_right
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from .config import CHANNELS, LOW_RANK, RunConfig
 from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
 from .joint import apply_bits, options_for, plan, requantized
 from .lean import lean
-from .ledger import expected_peak
+from .ledger import expected_peak, room_for
 from .model import linears, load_model
 from .prune import START, Pruner
 from .ranks import module_ranks, storage_bytes
@@ -163,11 +165,17 @@ class Batches:
         return {k: v.to(self.device) for k, v in batch.items()} | dict(signals=self.signals[rows], **frames)
 
 # %% ../nbs/09_train.ipynb #04491b3b
+def seen_as(pixels:torch.Tensor) -> str:
+    "Key of what a tower sees: another file, other frames or another size have other pixels."
+    return f"{tuple(pixels.shape)} {hashlib.sha256(pixels.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()}"
+
 class Trainer(Batches):
-    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit)."
-    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None):
+    "One model, clips with a caption or a list of them, one seed: `step(n)` is all that happens in step n, `at_once` clips at a time (default: all that fit); with `features` (a `lowmem.FeatureCache`) one, which its frozen towers see once."
+    def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None,
+                 features=None):
         super().__init__(model, tokenizer, clips, captions, config, seed, asked)
-        self.model, self.micro = model, at_once and MicroBatches(at_once)
+        self.model, self.features = model, features
+        self.micro = MicroBatches(1) if features else at_once and MicroBatches(at_once)
         if takes_signals(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -178,7 +186,7 @@ class Trainer(Batches):
         frames = batch.pop("frames", None)
         if frames is not None: batch["pixel_values"] = batch["pixel_values"][:, :int(frames.max())]     # part of a batch may be shorter than the whole
         set_frame_signals(self.model, batch.pop("signals"), frames)
-        return caption_loss(self.model, batch, reduction)
+        with self.features(seen_as(batch["pixel_values"])) if self.features else nullcontext(): return caption_loss(self.model, batch, reduction)
 
     def step(self, n:int) -> float:
         batch = self.batch(n)
@@ -207,20 +215,32 @@ def _loss_sum(self:Trainer, part:dict) -> torch.Tensor:
     return self.loss(part, "none").sum()
 
 # %% ../nbs/09_train.ipynb #eb0c8d15
+def mib(size:int) -> str: return f"{size/2**20:.0f} MiB"
+
+def _need(self:Trainer, clips:int, frames:int) -> int:
+    "Peak bytes of a step with so many clips at once, of their first `frames` frames. No kernel runs."
+    short, cut = copy.copy(self), lambda v: v if v is None else v[:, :frames] if v.ndim > 1 else v.clamp(max=frames)
+    short.clips, short.signals = ClipSet(*map(cut, vars(self.clips).values())), self.signals[:, :frames]
+    short.features = None                                              # the first time, a tower does run
+    return expected_peak(short.loss, self.model, rows_of(short.batch(0), 0, clips))
+
+def _nearest(self:Trainer, whole:int, memory:int) -> str:
+    "The largest step below `whole` clips at once that fits, in words: fewer clips, or fewer frames of one."
+    clips, frames = whole, self.clips.pixels.shape[1]
+    while clips > 1:
+        clips //= 2
+        if (need := self.need(clips, frames)) <= memory: return f"the nearest that fits: at_once={clips} ({mib(need)})"
+    if (least := self.need(1, 1)) > memory: return f"one frame of one clip needs {mib(least)}: smaller ranks or `low_memory(model)`"
+    fewer = bisect_right(range(1, frames), memory, key=lambda f: self.need(1, f))
+    return f"the nearest that fits: at_once=1 and clips of {fewer} frames ({mib(self.need(1, fewer))}), or `low_memory(model)`"
+
 def _fits_or_raise(self:Trainer, memory:int):
     "Raises `InputError`, with the nearest setting that fits, if a step needs more than `memory` bytes. Takes seconds for a small model."
-    batch, sizes = self.batch(0), {}
-    size = whole = min(self.micro.size if self.micro else self.config.batch_size, self.config.batch_size)
-    while size and (size == whole or sizes[2*size if 2*size in sizes else whole] > memory):
-        sizes[size] = expected_peak(self.loss, self.model, rows_of(batch, 0, size))
-        if sizes[size] <= memory: break
-        size //= 2
-    if size == whole: return
-    mib = lambda n: f"{n/2**20:.0f} MiB"
-    fix = f"the nearest that fits: at_once={size} ({mib(sizes[size])})" if size else f"one clip needs {mib(sizes[1])}: fewer frames, smaller ranks or `low_memory(model)`"
-    raise InputError("memory", f"a step with {whole} clips at once needs {mib(sizes[whole])}, there are {mib(memory)}", fix)
+    whole = min(self.micro.size if self.micro else self.config.batch_size, self.config.batch_size)
+    if (need := self.need(whole, self.clips.pixels.shape[1])) <= memory: return
+    raise InputError("memory", f"a step with {whole} clips at once needs {mib(need)}, there are {mib(memory)}", self.nearest(whole, memory))
 
-Trainer.gradients, Trainer._loss_sum, Trainer.fits_or_raise = _gradients, _loss_sum, _fits_or_raise
+Trainer.gradients, Trainer._loss_sum, Trainer.need, Trainer.nearest, Trainer.fits_or_raise = _gradients, _loss_sum, _need, _nearest, _fits_or_raise
 
 # %% ../nbs/09_train.ipynb #a210860b
 def fit(
@@ -229,7 +249,7 @@ def fit(
     every:int=100,       # Steps between checkpoints
     label:str="",        # Shown in the progress line
     stop:int|None=None,  # Stop before this step (to show resuming)
-    memory:int|None=None,  # Bytes that a step may need: checked before the first one (`ledger.free_memory()` of a GPU)
+    memory:float|None=None,  # Bytes that a step may need, checked before the first one (default: what the model's GPU has; `math.inf`: all it asks for)
 )->dict:                 # {"loss": per step, "seconds": training time, "cpu_ms": processor time of each step}
     "Train to the end of the schedule, resuming from `checkpoint` if it exists. A loss that is not finite is an `InputError`."
     config = trainer.config
@@ -238,7 +258,8 @@ def fit(
     state = {"key": key, "step": 0, "loss": [], "seconds": 0., "cpu_ms": []}
     if checkpoint and Path(checkpoint).is_file(): state = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, key)
     trainer.model.train()
-    if memory is not None: trainer.fits_or_raise(memory)
+    memory = room_for(trainer.model, trainer.optimizer) if memory is None else memory
+    if memory is not None and memory < math.inf: trainer.fits_or_raise(memory)
     last, begin = min(stop or config.steps, config.steps), time.perf_counter() - state["seconds"]
     for n in tqdm(range(state["step"], last), initial=state["step"], total=config.steps, desc=label, mininterval=5, leave=False):
         before = time.process_time()

@@ -12,13 +12,13 @@ from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
 from mmqlora.blocks import Group, Lin, dense, project
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError
-from mmqlora.ledger import expected_peak, in_host, peak_of
+from mmqlora.ledger import expected_peak, in_host, peak_of, room_for
 from mmqlora.lowmem import LEVERS, FeatureCache, linear_loss, low_memory, towers
 from mmqlora.model import linears, new_model, save_model, small_config
 from mmqlora.scenes import vocabulary
 from mmqlora.steps import MasterAdamW, MicroBatches, pack, packed
 from mmqlora.temporal import GATES, TemporalLoraConfig, set_frame_signals, wire_gates
-from mmqlora.train import Trainer, fit
+from mmqlora.train import Trainer, fit, seen_as
 from mmqlora.train import build as build_run
 
 BLOCKED = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "video_llama_3", "video_llava", "llava_onevision", "internvl", "qwen2_5_omni"}
@@ -68,12 +68,35 @@ def test_all_levers_together_leave_loss_and_gradients_as_they_are(family):
 
 
 @pytest.mark.parametrize("lever", LEVERS)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_lever_alone_leaves_loss_and_gradients_as_they_are(family, lever):
     batch = video_inputs(family)
     loss, wanted = gradients(adapted(family), batch)
     again, found = gradients(adapted(family, levers=[lever], embeddings="host", head="stream", block=32), batch)
     assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
+
+
+OPTIONS = {"keep_attention": dict(levers=["blocks"], keep_attention=True), "host": dict(levers=["head", "label_loss"], head="host"),
+           "stream": dict(levers=["head"], head="stream")}        # offload and graphs need a GPU: cells `blocks+offload`, `blocks+graphs` of the benchmark
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_option_alone_leaves_loss_and_gradients_as_they_are(family, option):
+    batch = video_inputs(family)
+    loss, wanted = gradients(adapted(family), batch)
+    again, found = gradients(adapted(family, **OPTIONS[option]), batch)
+    assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_in_4_bits_is_near_and_says_where_it_does_not_apply(family):
+    batch = video_inputs(family)
+    loss, wanted = gradients(adapted(family), batch)
+    model = adapted(family, levers=["head"], head="nf4")
+    again, found = gradients(model, batch)
+    if model._mmqlora.done["head"]: assert 0 < abs(again - loss) < .1*loss and 0 < distance(found, wanted) < .5
+    else: assert again == loss and distance(found, wanted) == 0
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3", "qwen3_vl"])
@@ -135,6 +158,22 @@ def test_packing_equals_separate_clips(family):
     assert loss == pytest.approx(sum(p[0]*c for p, c in zip(parts, counts))/sum(counts), rel=1e-5)
     assert distance(found, wanted) < 1e-5
     assert distance(gradients(model, batch)[1], wanted) > 1e-2                     # without isolation the clips do see each other
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_packing_equals_padding(family):
+    clips = videos(2)
+    rows = [video_inputs(family, [clips[0]]), video_inputs(family, [clips[1][:2]], text=(20, 21, 22))]
+    width = max(r["input_ids"].shape[1] for r in rows)
+    blank = {"input_ids": 0, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
+    def wide(k, v): return F.pad(v, (width - v.shape[1], 0), value=blank[k]) if k in blank else v
+    padded = {k: torch.cat([wide(k, r[k]) for r in rows]) for k in rows[0]}
+    assert padded["attention_mask"].shape == (2, width) and not padded["attention_mask"].all()
+    loss, wanted = gradients(adapted(family), padded)                              # stock: two rows, the shorter one padded
+    model = adapted(family, levers=tuple(LEVERS))
+    batch, lengths = pack(model, rows)
+    again, found = gradients(model, batch, packed(model, lengths))
+    assert again == pytest.approx(loss, rel=1e-5) and distance(found, wanted) < 1e-5
 
 
 def test_loss_at_labels_equals_full_logits_to_the_bit():
@@ -328,3 +367,59 @@ def test_a_step_that_would_not_fit_is_refused_before_it_starts_with_the_nearest_
     with pytest.raises(InputError, match=r"8 clips at once .* at_once=4"): fit(trainer, memory=(whole + half)//2)
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
     assert len(fit(trainer, memory=whole)["loss"]) == 4
+
+
+def test_where_not_even_one_clip_fits_the_error_names_how_many_frames_of_it_do(small_run):
+    trainer = small_run()
+    trainer.model.train()
+    two, three = (trainer.need(1, frames) for frames in (2, 3))
+    with pytest.raises(InputError, match="at_once=1 and clips of 2 frames"): fit(trainer, memory=(two + three)//2)
+    with pytest.raises(InputError, match="one frame of one clip needs"): fit(trainer, memory=trainer.need(1, 1) - 1)
+
+
+def test_fit_asks_by_itself_what_the_gpu_of_the_model_has(small_run, monkeypatch):
+    trainer = small_run()
+    monkeypatch.setattr("mmqlora.train.room_for", lambda model, optimizer: trainer.need(8, 3) - 1)
+    with pytest.raises(InputError, match="the nearest that fits: at_once=4"): fit(trainer)
+    assert len(fit(trainer, memory=float("inf"), stop=1)["loss"]) == 1
+    assert room_for(trainer.model, trainer.optimizer) is None                                        # on a CPU
+
+
+@pytest.mark.parametrize("change", [lambda model: None, low_memory])
+def test_out_of_memory_in_a_step_of_the_trainer_halves_it_and_changes_no_weight(small_run, change, monkeypatch):
+    whole, scarce = small_run(change, gate="rank"), small_run(change, gate="rank")
+    whole.model.train(), scarce.model.train()
+    forward, calls = type(scarce).loss, []
+    def loss(self, batch, reduction="mean"):
+        calls.append(len(batch["labels"]))
+        if calls[-1] > 2: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, batch, reduction)
+    wanted = [whole.step(n) for n in range(3)]
+    monkeypatch.setattr(type(scarce), "loss", loss)
+    assert [scarce.step(n) for n in range(3)] == pytest.approx(wanted, rel=1e-4)
+    assert calls == [8, 4] + [2]*12 and scarce.micro.log == [2]                                     # what was found in the first step is kept
+    got, expected = dict(scarce.model.named_parameters()), dict(whole.model.named_parameters())
+    assert all(torch.allclose(got[n], p, atol=1e-3) for n, p in expected.items() if p.requires_grad)
+
+
+def test_a_run_after_low_memory_resumes_exactly_from_the_checkpoint_of_the_trainer(small_run, tmp_path):
+    def half(model):
+        for n, p in model.named_parameters():
+            if "lora_" in n: p.data = p.data.bfloat16()
+        low_memory(model)
+    whole, begun, resumed = small_run(half), small_run(half), small_run(half)
+    loss = fit(whole)["loss"]
+    fit(begun, tmp_path/"run.safetensors", stop=2)
+    assert fit(resumed, tmp_path/"run.safetensors")["loss"] == loss and isinstance(resumed.optimizer, MasterAdamW)
+    assert all(torch.equal(p, q) for p, q in zip(whole.trained, resumed.trained))
+
+
+def test_the_trainer_reads_features_from_a_cache_and_changed_pixels_or_frames_are_others(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmqlora.train.lean", lambda model: model)                  # it remembers frames itself, on a CPU only
+    plain, cached = small_run(), small_run()
+    def again(t, **more): return Trainer(t.model, t.tokenizer, t.clips, ["the red disc hops ."]*16, t.config, **more)
+    plain, cached = again(plain, at_once=1), again(cached, features=FeatureCache(cached.model, tmp_path))
+    assert fit(cached)["loss"] == pytest.approx(fit(plain)["loss"], rel=1e-4)
+    assert cached.features.hits == 4*8 - 16 == len(list(tmp_path.glob("*.safetensors")))       # two epochs of sixteen clips
+    pixels = cached.batch(0)["pixel_values"][:1]
+    assert len({seen_as(v) for v in (pixels, pixels[:, :2], pixels.flip(1), pixels + 1)}) == 4
