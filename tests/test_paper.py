@@ -84,7 +84,9 @@ def said():
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("key", AHEAD)
-def test_what_the_text_calls_ahead_is_ahead_on_both_tiers(said, tier, key): assert said[tier + key] > 0 and said[f"{tier}{key}.padj"] < .05
+def test_what_the_text_calls_ahead_is_ahead_on_both_tiers(said, tier, key):
+    assert said[tier + key] > 0 and said[f"{tier}{key}.padj"] < .05
+    assert said[f"{tier}{key}.lo"] > 0            # over clips and seeds
 
 
 @pytest.mark.parametrize("key", NOT_AHEAD)
