@@ -5,30 +5,32 @@
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
            'GPU_PLAN', 'GPU_ADDED', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
-           'EXTENDED', 'GPU_EXTENDED', 'EXPECTED', 'LEAST', 'IN_SHORT', 'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS',
-           'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES', 'STEP_TARGETS', 'QUOTED',
-           'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Evidence', 'load_gpu',
-           'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name',
-           'contrast', 'compare', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes',
-           'verdict', 'metric_macros', 'cost_macros', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
-           'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
-           'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros',
-           'efficiency_macros', 'names_of', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged',
-           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
-           'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
-           'extended_table', 'interactions_table', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table',
-           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
-           'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
-           'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table',
-           'provenance_table', 'target_rows', 'targets_table', 'laws_table', 'errors_table', 'kinds_table',
-           'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown', 'results_markdown',
-           'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'EARLIER', 'LOST', 'IN_SHORT', 'KEY',
+           'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED',
+           'TABLES', 'STEP_TARGETS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results',
+           'Files', 'Evidence', 'load_gpu', 'load_earlier', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
+           'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'Lease', 'lease_of',
+           'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict', 'metric_macros',
+           'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros',
+           'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws', 'law_lease',
+           'gpu_laws', 'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors', 'planner_delays',
+           'gate_macros', 'efficiency_macros', 'names_of', 'only_earlier', 'gpu_macros', 'earlier_macros',
+           'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table',
+           'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table', 'long', 'retrieval_table',
+           'ood_table', 'cost_table', 'significance_table', 'extended_table', 'interactions_table', 'marks_of',
+           'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table', 'abilities_table', 'processor_table',
+           'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table', 'methodsteps_table',
+           'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table',
+           'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table', 'provenance_table',
+           'target_rows', 'targets_table', 'laws_table', 'errors_table', 'kinds_table', 'examples_table',
+           'all_laws_figure', 'markdown_table', 'verdicts_markdown', 'results_markdown', 'fresh_folder', 'macros_tex',
+           'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -112,6 +114,7 @@ class Files:
     sizes: dict                                       # models/<base> -> parameters of the bases that runs name
     draws: int = 200                                  # Bootstrap laws
     gpu_tune: dict|None = None                        # results/gpu-tune.json
+    earlier: dict = field(default_factory=dict)       # run -> result record of the tier gpu from the lease before: another base, other rates
 
 # %% ../nbs/14a_report.ipynb #5b20d6fe
 class Evidence(Files):
@@ -123,23 +126,23 @@ class Evidence(Files):
     @cached_property
     def tested(self) -> dict:
         "tier -> its planned comparisons."
-        return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED)}
+        return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED, self.earlier)}
     @cached_property
     def added(self) -> dict:
         "tier -> the comparisons of runs that were made after the plan."
-        return {self.tier: comparisons(self.records, EXTENDED), "gpu": comparisons(self.gpu, EXTENDED | GPU_EXTENDED)}
+        return {self.tier: comparisons(self.records, EXTENDED), "gpu": comparisons(self.gpu, EXTENDED | GPU_EXTENDED, self.earlier)}
     @cached_property
     def doubled(self) -> dict:
         "tier -> its differences of differences."
-        return {self.tier: interactions(self.records, INTERACTIONS), "gpu": interactions(self.gpu, INTERACTIONS | GPU_INTERACTIONS)}
+        return {self.tier: interactions(self.records, INTERACTIONS), "gpu": interactions(self.gpu, INTERACTIONS | GPU_INTERACTIONS, self.earlier)}
     @cached_property
     def outcomes(self) -> dict:
         "tier -> what became of its claims."
         return {tier: outcomes(records, self.tested[tier] + self.added[tier] + self.doubled[tier]) for tier, records in ((self.tier, self.records), ("gpu", self.gpu))}
     @cached_property
     def laws(self) -> dict:
-        "tier -> {name: its law}."
-        return {tier: laws(self, records) for tier, records in self.tiers.items()}
+        "tier -> {name: its law}; on the tier gpu, each of the lease that `law_lease` names."
+        return {tier: laws(self, records) if tier == self.tier else gpu_laws(self) for tier, records in self.tiers.items()}
 
 # %% ../nbs/14a_report.ipynb #d5045a7c
 GPU_GROUPS = ("zeroshot full lora qlora qdora bottleneck prefix qlora-int8 qlora-fp4", "qlora-uniform full-k4 full-uniform-k4 qlora-k4 qlora-uniform-k4 qlora-cover-k4",
@@ -157,11 +160,26 @@ def _checked(record:dict, run:str, params:Params, where:str) -> dict:
     if record["config_hash"] != content_hash(run_config(params, run).model_dump()): raise InputError(where, "made with other settings than those in params.yaml")
     return record
 
+def _ordered(found:dict) -> dict:
+    order = [*GPU_PLAN, *GPU_ADDED]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
 def load_gpu(folder="results/gpu", params:Params|None=None) -> dict:
     "run -> result record for every file in `folder`, each checked, in the order of `GPU_PLAN`, then what was added; {} without the folder."
-    order, params = [*GPU_PLAN, *GPU_ADDED], under(params or load_params(), "gpu")
-    found = {p.stem: _checked(read_json(p), p.stem, params, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))}
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    params = under(params or load_params(), "gpu")
+    return _ordered({p.stem: _checked(read_json(p), p.stem, params, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))})
+
+# %% ../nbs/14a_report.ipynb #e1a7c3d0
+def _whole(record:dict, run:str, where:str) -> dict:
+    "The record, if it is whole and agrees with itself; else an `InputError`."
+    check_record(record, where)
+    if (record["run"], record["tier"]) != (run, "gpu"): raise InputError(where, f"holds run '{record['run']}' of tier '{record['tier']}'", "a file is named after its run")
+    if record["config_hash"] != content_hash(record["config"]): raise InputError(where, "its hash is not that of its settings")
+    return record
+
+def load_earlier(folder="results/gpu-earlier") -> dict:
+    "run -> result record of the earlier lease, each checked within itself: its base and its rates are not those of params.yaml. Never compare one with a record of `load_gpu`."
+    return _ordered({p.stem: _whole(read_json(p), p.stem, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))})
 
 # %% ../nbs/14a_report.ipynb #a43ea011
 def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json", gpu_tune="results/gpu-tune.json") -> Evidence:
@@ -174,7 +192,7 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
     records = load_results(tier, params)
     sizes = {b: read_json(repo_path(b, "log.json"))["params"] for b in sorted({r["config"]["base"] for r in records.values()})}
     return Evidence(tier, params, records, sizes=sizes, contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
-                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(),
+                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), earlier=load_earlier(),
                     cpu=read_json(repo_path(cpu)), gpu_tune=read_json(repo_path(gpu_tune)) if repo_path(gpu_tune).is_file() else None, **read)
 
 # %% ../nbs/14a_report.ipynb #5716c83c
@@ -279,22 +297,52 @@ def compare(records:dict, a:str, b:str, metric:str, split:str="test", only=None)
     "Run a minus run b: `contrast`, with their names and the metric."
     return dict(a=a, b=b, metric=metric) | contrast(records, {a: 1, b: -1} if a != b else {a: 0}, metric, split, only)
 
+# %% ../nbs/14a_report.ipynb #e1a7c3d2
+FAILED, LEARNED = .02, .2                             # exact match of a seed that came to nothing, and of one that did not
+
+def diverged(record:dict) -> int:
+    "Seeds of a run that came to nothing: below `FAILED` where another seed is above `LEARNED`; where none is, with a training loss that ended at twice its least or more."
+    seeds = [s or 0. for s in record["metrics"]["test.exact"]["seeds"]]
+    if max(seeds) > LEARNED: return sum(s < FAILED for s in seeds)
+    return sum(s < FAILED and bool(loss) and loss[-1] >= 2*min(loss) for s, loss in zip(seeds, record["curve"]["loss"]))
+
+def _has(records:dict, metric:str, *runs) -> bool: return all(full_name(metric) in records.get(run, {"per_clip": ()})["per_clip"] for run in runs)
+
+def _enough(records:dict, metric:str, *runs) -> bool:
+    "Whether they are there, each that trains with two seeds or more."
+    return _has(records, metric, *runs) and all(len(records[r]["per_clip"][full_name(metric)]) > 1 or not records[r]["config"]["steps"] for r in runs)
+
+@dataclass
+class Lease:
+    "Where a comparison is made: all of its runs in one lease."
+    name: str                                         # this or earlier
+    records: dict
+    runs: tuple
+
+    @property
+    def marks(self) -> dict: return dict(lease=self.name, diverged=sum(diverged(self.records[r]) for r in self.runs))
+
+def lease_of(metric:str, runs, records:dict, earlier:dict={}) -> Lease|None:
+    "This lease; the earlier one where this lacks a run, or has a single seed of it, and that does not; None where neither has them."
+    if not _enough(records, metric, *runs) and _enough(earlier, metric, *runs): return Lease("earlier", earlier, tuple(runs))
+    return Lease("this", records, tuple(runs)) if _has(records, metric, *runs) else None
+
 # %% ../nbs/14a_report.ipynb #552a2780
 def _family(rows:list[dict]) -> list[dict]:
     "With `padj` and `psadj`: Holm within these rows."
     fixed, seeded = (holm({i: row[p] for i, row in enumerate(rows)}) for p in ("p", "ps"))
     return [dict(**row, padj=fixed[i], psadj=seeded[i]) for i, row in enumerate(rows)]
 
-def _has(records:dict, metric:str, *runs) -> bool: return all(full_name(metric) in records.get(run, {"per_clip": ()})["per_clip"] for run in runs)
-
-def comparisons(records:dict, plan:dict=PLANNED) -> list[dict]:
-    "The planned comparisons whose runs are there, with `claim`, with `padj` and `psadj`, corrected within the claim, and with `pall`, over all of them."
+def comparisons(records:dict, plan:dict=PLANNED, earlier:dict={}) -> list[dict]:
+    "The planned comparisons that a lease can make (`lease_of`), with `claim`, with `padj` and `psadj`, corrected within the claim, and with `pall`, over all of them."
     rows = []
-    for claim, planned in plan.items(): rows += [dict(claim=claim, **row) for row in _family([compare(records, a, b, m) for a, b, m in planned if _has(records, m, a, b)])]
+    for claim, planned in plan.items():
+        found = [(lease_of(m, (a, b), records, earlier), a, b, m) for a, b, m in planned]
+        rows += [dict(claim=claim, **row) for row in _family([compare(lease.records, a, b, m) | lease.marks for lease, a, b, m in found if lease])]
     over_all = holm({i: row["p"] for i, row in enumerate(rows)})
     return [dict(**row, pall=over_all[i]) for i, row in enumerate(rows)]
 
-def interactions(records:dict, plan:dict) -> list[dict]:
+def interactions(records:dict, plan:dict, earlier:dict={}) -> list[dict]:
     "Differences of differences: (a - b) - (c - d), with claim, as `comparisons`; a and b name the pairs."
     rows = []
     for claim, planned in plan.items():
@@ -302,7 +350,7 @@ def interactions(records:dict, plan:dict) -> list[dict]:
         for first, second, metric in planned:
             weights = Counter()
             for sign_, (a, b) in ((1, first), (-1, second)): weights[a] += sign_; weights[b] -= sign_
-            if _has(records, metric, *weights): found.append(dict(a=first, b=second, metric=metric) | contrast(records, dict(weights), metric))
+            if lease := lease_of(metric, weights, records, earlier): found.append(dict(a=first, b=second, metric=metric) | contrast(lease.records, dict(weights), metric) | lease.marks)
         rows += [dict(claim=claim, **row) for row in _family(found)]
     return rows
 
@@ -334,8 +382,9 @@ def _side(said:tuple, difference:float, low:float, high:float, p:float) -> str:
     return "open" if not (above or below) else "as claimed" if above == (side == ">") else "against"
 
 def outcome(row:dict) -> str|None:
-    "As claimed or against where the registered test and that over seeds say the same, else open; None where nothing was claimed."
+    "As claimed or against where the registered test and that over seeds say the same, else open, as where seeds diverged: that answers for the rate. None where nothing was claimed."
     if not (said := expected(row)): return None
+    if row.get("diverged"): return "open"
     fixed, seeded = _side(said, row["difference"], row["least"], row["most"], row["padj"]), _side(said, row["difference"], row["low"], row["high"], row["psadj"])
     return fixed if fixed == seeded else "open"
 
@@ -382,9 +431,15 @@ def cost_macros(records:dict) -> dict:
     return {f"cost.{run}.{k}": v for run, record in records.items() for k, v in row(record["cost"]).items()}
 
 # %% ../nbs/14a_report.ipynb #182b9719
+EARLIER, LOST = r"$^{\dagger}$", r"$^{\ddagger}$"         # made within the earlier lease; with seeds that diverged
+
+def mark_of(*rows) -> str:
+    "The marks of comparisons."
+    return EARLIER*any(r.get("lease") == "earlier" for r in rows) + LOST*any(r.get("diverged") for r in rows)
+
 def told(r:dict) -> str:
-    "A difference with its interval."
-    return f"{sign(number(r['difference']))} [{sign(number(r['low']))}, {sign(number(r['high']))}]"
+    "A difference with its interval and its marks."
+    return f"{sign(number(r['difference']))} [{sign(number(r['low']))}, {sign(number(r['high']))}]{mark_of(r)}"
 
 def diff_macros(rows:list[dict]) -> dict:
     "diff.<a>.<b>.<metric>, .lo, .hi, .p and .padj (registered), .ps and .psadj (seeds too); told.<a>.<b>.<metric>: with its interval; outcome.<a>.<b>.<metric>."
@@ -502,13 +557,28 @@ def _size(e:Evidence, axis:str, record:dict):
     clips, rank = c["train_clips"] or e.params.profiles[record["tier"]].clips["train"], max(c["ranks"].values())
     return {"frames": c["frames"], "trained KiB": kib(record), DATA_LAW: [clips, rank], "base parameters": e.sizes.get(c["base"], 0), "bits": max(map(float, record["audit"][-1]["bits"].split("/")))}.get(axis, rank)
 
-def laws(e:Evidence, records:dict) -> dict[str, ScalingFit]:
+def laws(e:Evidence, records:dict, axes=tuple(AXES)) -> dict[str, ScalingFit]:
     "axis -> law of a loss against it, every seed a point, the largest size held out; axes of which there are too few sizes or seeds are missing."
     fits = {}
-    for axis, runs_of in AXES.items():
-        x, y = scaling_points(records, runs_of(records), lambda record: _size(e, axis, record), LOSSES.get(axis, "test.loss"))
+    for axis in axes:
+        x, y = scaling_points(records, AXES[axis](records), lambda record: _size(e, axis, record), LOSSES.get(axis, "test.loss"))
         if len(np.unique(x, axis=0)) > 2 + (x.ndim > 1) and y.shape[1] > 1: fits[axis] = scaling_fit(x, np.maximum(y, 1e-4), n=e.draws)
     return fits
+
+
+# %% ../nbs/14a_report.ipynb #e1a7c3d4
+def law_lease(e:Evidence, axis:str) -> str:
+    "The lease of a law of the tier gpu: the earlier one where this has seeds of the axis that diverged, or fewer sizes; `diverged` where neither will do."
+    here, there = ([records[r] for r in AXES[axis](records)] if REFERENCE in records else [] for records in (e.gpu, e.earlier))
+    lost = any(map(diverged, here))
+    if there and (lost or len(there) > len(here)) and not any(map(diverged, there)): return "earlier"
+    return "diverged" if lost else "this"
+
+def gpu_laws(e:Evidence) -> dict[str, ScalingFit]:
+    "axis -> law of the tier gpu, each within one lease."
+    by = {axis: law_lease(e, axis) for axis in AXES}
+    fits = {k: v for name, records in (("this", e.gpu), ("earlier", e.earlier)) if records for k, v in laws(e, records, [a for a in AXES if by[a] == name]).items()}
+    return {axis: fits[axis] for axis in AXES if axis in fits}
 
 def percent(value) -> str: return "n/a" if value is None else rf"{number(100*value, 1)}\,\%"
 
@@ -516,12 +586,14 @@ def percent(value) -> str: return "n/a" if value is None else rf"{number(100*val
 SHORT = {"rank": "rank", "frames": "frames", "trained KiB": "kib", DATA_LAW: "data", "base parameters": "size", "bits": "bits"}
 
 def law_macros(e:Evidence) -> dict:
-    "law.<own, gpu>.<rank, frames, kib, data, size, bits>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law."
+    "law.<own, gpu>.<rank, frames, kib, data, size, bits>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law. law.gpu.<...>.lease: this, earlier, or diverged."
     out = {}
     for name, tier in (("own", e.tier), ("gpu", "gpu")):
         for axis, short in SHORT.items():
             fit, key = e.laws.get(tier, {}).get(axis), f"law.{name}.{short}"
-            if not fit: out |= {f"{key}.{k}": "too few sizes" if k == "verdict" else "n/a" for k in ("verdict", "change", "change.lo", "change.hi", "exponent", "error", "constant")}; continue
+            if name == "gpu": out[f"{key}.lease"] = law_lease(e, axis)
+            none = "diverged" if out.get(f"{key}.lease") == "diverged" else "too few sizes"
+            if not fit: out |= {f"{key}.{k}": none if k == "verdict" else "n/a" for k in ("verdict", "change", "change.lo", "change.hi", "exponent", "error", "constant")}; continue
             flat = flatness(fit)
             out |= {f"{key}.verdict": flat["verdict"], f"{key}.exponent": number(fit.law.a[0], 2), f"{key}.error": number(fit.error), f"{key}.constant": number(fit.constant_error)}
             out |= {f"{key}.change{end}": percent(v) for end, v in zip(("", ".lo", ".hi"), (flat["change"], *flat["change_ci95"]))}
@@ -614,16 +686,36 @@ def _absent() -> dict:
     out |= {f"told.ood.{a}.{b}.exact": "not run" for a, b in SURVIVES}
     out |= {f"ood.{a}.{b}.exact{end}": "n/a" for a, b in SURVIVES for end in ("", ".lo", ".hi", ".p")}
     names = [*METRICS, *BEYOND, "test.exact_disordered", "test.slots_disordered"]
-    return out | {f"{run}.{m}{end}": "n/a" for run in GPU_PLAN for m in names for end in ("", ".lo", ".hi", ".least", ".most")}
+    return out | {f"{run}.{m}{end}": "n/a" for run in (*GPU_PLAN, *GPU_ADDED) for m in names for end in ("", ".lo", ".hi", ".least", ".most")}
+
+
+# %% ../nbs/14a_report.ipynb #e1a7c3d6
+def only_earlier(e:Evidence) -> dict:
+    "The runs that only the earlier lease has."
+    return {run: record for run, record in e.earlier.items() if run not in e.gpu}
+
+def _about_gpu(e:Evidence) -> dict:
+    tested, late = e.tested["gpu"], only_earlier(e)
+    def seeds(records): return [len(r["config"]["seeds"]) for r in records.values() if r["config"]["steps"]]
+    laws_there = [axis for axis in SHORT if axis in e.laws.get("gpu", {}) and law_lease(e, axis) == "earlier"]
+    about = dict(missing=names_of(r for r in GPU_PLAN if r not in e.gpu and r not in late), late=names_of(late), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED),
+                 planned=len(GPU_PLAN), compared=len(tested), borrowed=sum(r["lease"] == "earlier" for r in tested), seeds=max(seeds(e.gpu), default=0), fewest=min(seeds(e.gpu), default=0),
+                 full=sum(n == max(seeds(e.gpu)) for n in seeds(e.gpu)), sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]),
+                 diverged=names_of(r for r, x in e.gpu.items() if diverged(x)), laws_earlier="; ".join(laws_there) or "none")
+    return {f"gpu.{k}": str(v) for k, v in about.items()}
 
 def gpu_macros(e:Evidence) -> dict:
-    "gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.missing: names; gpu.n, gpu.planned, gpu.compared, gpu.seeds."
-    tested = e.tested["gpu"]
-    about = {"gpu.missing": names_of(r for r in GPU_PLAN if r not in e.gpu), "gpu.n": str(len(e.gpu)), "gpu.planned": str(len(GPU_PLAN)), "gpu.compared": str(len(tested)),
-             "gpu.seeds": str(max((len(r["config"]["seeds"]) for r in e.gpu.values()), default=0)), "gpu.fewest": str(min((len(r["config"]["seeds"]) for r in e.gpu.values() if r["config"]["steps"]), default=0)),
-             "gpu.sure": str(sum(r["pall"] < .05 for r in tested)), "gpu.clips": count(e.params.profiles["gpu"].clips["test"])}
-    made = _absent() | metric_macros(e.gpu) | diff_macros(tested + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(e.gpu) | beyond_macros(e.gpu) | error_macros(e.gpu)
-    return {f"gpu.{k}": v for k, v in made.items()} | about
+    """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.lease.<run>: this, or earlier where only that has it; gpu.<run>.diverged:
+    seeds that came to nothing. gpu.missing, late, diverged: names; gpu.n, added, planned, compared, borrowed (of the earlier lease), seeds, fewest, full (runs with all seeds)."""
+    records = e.gpu | only_earlier(e)
+    made = _absent() | metric_macros(records) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(records) | beyond_macros(records) | error_macros(records)
+    made |= {f"lease.{run}": "this" if run in e.gpu else "earlier" for run in records} | {f"{run}.diverged": str(diverged(r)) for run, r in records.items()}
+    return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
+
+def earlier_macros(e:Evidence) -> dict:
+    "earlier.<run>.test.exact with its ends, earlier.diff.<a>.<b>.<metric>, earlier.told...: of the earlier lease, within itself; n/a or `not run` where it lacks a run."
+    made = _absent() | metric_macros(e.earlier) | diff_macros(comparisons(e.earlier, PLANNED | GPU_PLANNED))
+    return {f"earlier.{k}": v for k, v in made.items() if k.startswith(("diff.", "told.", "outcome.")) or ".test.exact" in k}
 
 # %% ../nbs/14a_report.ipynb #2529ab86
 def by_corruption(record:dict, measure:str="exact") -> dict[str, float]:
@@ -661,7 +753,7 @@ def macros(e:Evidence) -> dict:
     new = {k: v for k, v in _absent().items() if k.startswith(("diff.", "told.", "outcome.", "more."))}
     own = new | diff_macros(e.tested[e.tier] + e.added[e.tier]) | more_macros(e.doubled[e.tier]) | ood_macros(e.records)
     return merged(metric_macros(e.records), cost_macros(e.records), own, claim_macros(e), verdict_macros(e), error_macros(e.records),
-                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), gpu_macros(e), beyond_macros(e.records))
+                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), gpu_macros(e), earlier_macros(e), beyond_macros(e.records))
 
 # %% ../nbs/14a_report.ipynb #8381e342
 def _line(cells) -> str: return " & ".join(cells) + r" \\"
@@ -689,7 +781,8 @@ def _inline(pair) -> str: return pair if isinstance(pair, str) else rf"{pair[0]}
 
 def _tier(name:str, columns:int) -> list:
     "Rows that open the part of a tier in a table of `columns` columns."
-    return [None, [rf"\multicolumn{{{columns}}}{{@{{}}l@{{}}}}{{\emph{{Tier}} \texttt{{{name}}}}}"]]
+    tier, comma, lease = name.partition(", ")
+    return [None, [rf"\multicolumn{{{columns}}}{{@{{}}l@{{}}}}{{\emph{{Tier}} \texttt{{{tier}}}{comma}{lease}}}"]]
 
 def _parts(tiers:dict, rows, columns:int) -> list:
     "The rows of every tier that has some, each part under its name; `rows`: records -> rows."
@@ -744,10 +837,11 @@ def gates_table(e:Evidence) -> str:
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
-    "Placement, allocation and rank on the test split, by rising bytes."
+    "Placement, allocation and rank on the test split, by rising bytes; of the earlier lease too, where the law of the rank is from there."
     def runs(records): return sorted(_among(records, RANKS, REFERENCE), key=lambda r: kib(records[r]))
-    return measure_table(e.tiers, runs, ("exact", "transient", "loss"), ("exact",),
-                         {"V/F/T": _ranks_of, "KiB": lambda r: count(kib(r)), "Model KiB": lambda r: in_kib(r["cost"]["model_bytes"])})
+    tiers = e.tiers | ({"gpu, earlier lease": e.earlier} if law_lease(e, "rank") == "earlier" else {})
+    return measure_table(tiers, runs, ("exact", "transient", "loss"), ("exact",),
+                         {"V/F/T": _ranks_of, "Diverged": lambda r: str(diverged(r) or ""), "KiB": lambda r: count(kib(r)), "Model KiB": lambda r: in_kib(r["cost"]["model_bytes"])})
 
 def _bits(record) -> str:
     c = record["config"]
@@ -805,11 +899,11 @@ def _planned(*plans) -> dict:
 def _measure(metric:str) -> str: return (BEYOND.get(full_name(metric)) or MEASURES[metric]).lower()
 
 def _tested_table(e:Evidence, plan:dict, rows:dict, name, last:tuple=()) -> str:
-    "A row per comparison of `plan` {claim: [(a, b, metric)]} with what `rows` {tier: tested} say; a dash where a tier lacks it. `last`: one more p of the tier gpu."
+    "A row per comparison of `plan` {claim: [(a, b, metric)]} with what `rows` {tier: tested} say; a dash where a tier lacks it; marks as in `told`. `last`: one more p of the tier gpu."
     def found(tier): return {(r["claim"], r["a"], r["b"], r["metric"]): r for r in rows[tier]}
     def cells(r, ps):
         if not r: return ["--"]*(3 + len(ps))
-        return [number(r["difference"]), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]", number(r["d"], 2) if np.isfinite(r["d"]) else "--", *(p_text(r[p]) for p in ps)]
+        return [number(r["difference"]) + mark_of(r), f"[{sign(number(r['low']))}, {sign(number(r['high']))}]", number(r["d"], 2) if np.isfinite(r["d"]) else "--", *(p_text(r[p]) for p in ps)]
     own, gpu, lines, ps = found(e.tier), found("gpu"), [], ("padj", "psadj")
     for claim, pairs in plan.items():
         lines += [None]*bool(lines)
@@ -834,11 +928,16 @@ def interactions_table(e:Evidence) -> str:
     "Differences of differences."
     return _tested_table(e, _planned(INTERACTIONS, GPU_INTERACTIONS), e.doubled, lambda pair: "$-$".join(map(run_name, pair)))
 
+def marks_of(e:Evidence, claim:str) -> str:
+    "The marks of any comparison of a claim on the tier gpu."
+    return mark_of(*(r for r in (*e.tested["gpu"], *e.added["gpu"], *e.doubled["gpu"]) if r["claim"] == claim))
+
 def outcomes_table(e:Evidence) -> str:
-    "By claim and tier: comparisons as claimed, against, open."
+    "By claim and tier: comparisons as claimed, against, open; marked where one of them is of the earlier lease, or has seeds that diverged."
     found, kinds = e.outcomes, ("as claimed", "against", "open")
     def part(n): return [str(n[k]) for k in kinds] if n else ["--"]*3
     rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims()]
+    for row in rows: row[4] += marks_of(e, row[0])
     return tabular("lrrrrrr", [_groups([rf"Tier \texttt{{{t}}}" for t in found], 3), ["Claim", *("As claimed", "Against", "Open")*2]], rows)
 
 # %% ../nbs/14a_report.ipynb #69d50235
@@ -854,7 +953,7 @@ def _verdict_rows(e:Evidence, name=run_name) -> list[list[str]]:
         told = list(dict.fromkeys(_named(row, name, claim) for tier in (e.tier, "gpu") if (row := key_row(e, tier, claim))))
         def part(t):
             word, n = said[f"verdict.{claim}.{t}"], said[f"verdict.{claim}.{t}.count"]
-            return ["--", "--"] if word == "not run" else [f"{word} ({n})", said[f"verdict.{claim}.{t}.key"].replace("not run", "--")]
+            return ["--", "--"] if word == "not run" else [f"{word} ({n})" + marks_of(e, claim)*(t == "gpu"), said[f"verdict.{claim}.{t}.key"].replace("not run", "--")]
         rows.append([claim, IN_SHORT[claim], "; gpu: ".join(told) or "--", *part("own"), *part("gpu")])
     return rows
 
@@ -956,15 +1055,17 @@ def captionrates_table(e:Evidence) -> str:
 
 # %% ../nbs/14a_report.ipynb #59bb8633
 def gpu_table(e:Evidence) -> str:
-    "The runs of the tier gpu that are complete, or one line that says that there is none."
+    "The runs of the tier gpu that are complete, then those of the earlier lease, with a reference run of their own; or one line that says that there is none."
     if not e.gpu: return tabular("l", [["Tier gpu"]], [["no run of this tier is complete"]])
-    lead = {"Frames": _config("selector"), "$K$": _config("frames"), "Seeds": lambda r: str(len(r["per_clip"]["test.exact"])), "KiB": lambda r: count(kib(r))}
+    lead = {"Frames": _config("selector"), "$K$": _config("frames"), "Seeds": lambda r: str(len(r["per_clip"]["test.exact"])), "Diverged": lambda r: str(diverged(r) or ""), "KiB": lambda r: count(kib(r))}
     names = {"test.exact": "Exact", "test.transient": "Transient", "test.order": "Order", "test.loss": "Loss", "test.cider": "CIDEr", "test.t2v_r1": "R@1 t2v",
              "test.v2t_r1": "R@1 v2t", "ood.exact": "Exact, ood", "ood.transient": "Transient, ood"}
     def row(run, r): return [run_name(run), *(f(r) for f in lead.values()), *(_inline(cell(r, n, n.endswith("exact"))) for n in names)]
-    parts = [[row(run, e.gpu[run]) for run in group.split() if run in e.gpu] for group in GPU_GROUPS]
-    rows = [line for part in parts if part for line in (None, *part)][1:]
-    return tabular("lllll" + "r"*len(names), [["Run", *lead, *names.values()]], rows)
+    def rows(records):
+        parts = [[row(run, records[run]) for run in group.split() if run in records] for group in (*GPU_GROUPS, " ".join(GPU_ADDED))]
+        return [line for part in parts if part for line in (None, *part)][1:]
+    rows = rows(e.gpu) + (_tier("gpu, earlier lease", 15) + rows(e.earlier) if e.earlier else [])
+    return tabular("llllll" + "r"*len(names), [["Run", *lead, *names.values()]], rows)
 
 # %% ../nbs/14a_report.ipynb #5e66031a
 def _asked_table(e:Evidence, names:dict) -> str:
@@ -981,12 +1082,15 @@ def retention_table(e:Evidence) -> str:
     return _asked_table(e, RETAINED)
 
 def gpu_beyond_table(e:Evidence) -> str:
-    "What the runs of the tier gpu were asked beside captions, as far as there are any."
+    "What the runs of the tier gpu were asked beside captions, as far as there are any; those of the earlier lease, where this has none, beside its reference run."
     names = {"test.exact": "Captions", **BEYOND, "test.exact_disordered": "Shuffled"}
-    runs = [r for r, record in e.gpu.items() if record["config"].get("checks")]
-    asked = {n: title for n, title in names.items() if any(n in e.gpu[r]["metrics"] for r in runs)}
-    rows = [[run_name(r), *(cell(e.gpu[r], n) if n in e.gpu[r]["metrics"] else "--" for n in asked)] for r in runs]
-    return tabular("l" + "r"*len(asked), [["Run", *asked.values()]], rows) if runs else tabular("l", [["Tier gpu"]], [["no run of this tier was asked more than captions"]])
+    late = {r: x for r, x in only_earlier(e).items() if x["config"].get("checks")}
+    tiers = {"gpu": e.gpu} | ({"gpu, earlier lease": {REFERENCE: e.earlier[REFERENCE]} | late} if late and REFERENCE in e.earlier else {})
+    found = {t: {r: x["metrics"] for r, x in records.items() if x["config"].get("checks")} for t, records in tiers.items()}
+    asked = {n: title for n, title in names.items() if any(n in m for part in found.values() for m in part.values())}
+    def rows(part): return [[run_name(r), *(cell(dict(metrics=m), n) for n in asked)] for r, m in part.items()]
+    lines = [line for t, part in found.items() for line in (*(_tier(t, len(asked) + 1) if t != "gpu" else []), *rows(part))]
+    return tabular("l" + "r"*len(asked), [["Run", *asked.values()]], lines) if lines else tabular("l", [["Tier gpu"]], [["no run of this tier was asked more than captions"]])
 
 # %% ../nbs/14a_report.ipynb #7e741f84
 def corruptions_table(e:Evidence) -> str:
@@ -1057,7 +1161,7 @@ def provenance_table(e:Evidence) -> str:
         v, h = r["versions"], r["hardware"]
         machine = h.get("gpu") or f"{h['system']} {h['machine']}, {h['cpus']} CPUs"
         return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)
-    named = [*e.records.items(), *((f"gpu: {run}", r) for run, r in e.gpu.items()), ("efficiency", e.efficiency), ("processor", e.cpu)]
+    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, e.earlier) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu)]
     tiers = {}
     for name, r in named: tiers.setdefault((r.get("tier", ""), made(r)), []).append(name)
     header = ["What", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
@@ -1069,7 +1173,7 @@ TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_ta
               baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table, gatecost=gatecost_table, methodsteps=methodsteps_table, captionrates=captionrates_table,
               tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table, oodpairs=oodpairs_table,
               verdicts=verdicts_table, interactions=interactions_table, extended=extended_table, examples=lambda e: examples_table(e),
-              laws=lambda e: laws_table({f"{tier}: {axis}": fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
+              laws=lambda e: laws_table({f"{tier}: {axis}" + ", earlier lease"*(tier == "gpu" and law_lease(e, axis) == "earlier"): fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
 
 # %% ../nbs/14a_report.ipynb #c695d53a
 def _worst(values) -> float|None: return max(map(abs, values), default=None)
@@ -1169,9 +1273,9 @@ def markdown_table(header:list[str], rows:list) -> str:
 
 def verdicts_markdown(e:Evidence) -> str:
     "What became of each hypothesis, for the README."
-    rows = [[text.replace("$-$", "-").replace("- -", "--") for text in row] for row in _verdict_rows(e, lambda run: f"`{run}`")]
+    rows = [[text.replace("$-$", "-").replace("- -", "--").replace(EARLIER, "†").replace(LOST, "‡") for text in row] for row in _verdict_rows(e, lambda run: f"`{run}`")]
     header = ["claim", "in short", "key comparison (exact match if not said)", *(f"{e.tier}: {k}" for k in ("verdict", "difference [95 % CI]")), *(f"gpu: {k}" for k in ("verdict", "difference [95 % CI]"))]
-    return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim.\n\n" + markdown_table(header, rows) + "\n"
+    return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim. † within an earlier lease of the tier gpu, ‡ with seeds that diverged.\n\n" + markdown_table(header, rows) + "\n"
 
 def results_markdown(e:Evidence) -> str:
     "Every run on one line, a table per tier, for the README."
@@ -1182,7 +1286,8 @@ def results_markdown(e:Evidence) -> str:
     def part(tier, records):
         clips, seeds = len(records[REFERENCE]["per_clip"]["test.exact"][0]), max(len(r["config"]["seeds"]) for r in records.values())
         return f"Tier `{tier}`, {clips} test clips, mean over up to {seeds} seeds.\n\n{markdown_table(header, [row(*each) for each in records.items()])}\n"
-    return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in e.tiers.items())
+    late = {"gpu, an earlier lease": {REFERENCE: e.earlier[REFERENCE]} | only_earlier(e)} if REFERENCE in e.earlier else {}
+    return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in (e.tiers | late).items())
 
 # %% ../nbs/14a_report.ipynb #99624e8a
 FIGURES["levers"] = lambda e: levers_figure(e.efficiency)

@@ -8,10 +8,11 @@ from conftest import ROOT
 
 from mmqlora.config import load_params, run_config, under
 from mmqlora.core import InputError, content_hash, read_json, write_json
-from mmqlora.report import check_record, load_gpu
+from mmqlora.report import check_record, load_earlier, load_gpu
 
 TIERS = ("cpu", "gpu")
 FILES = [p for tier in TIERS for p in sorted((ROOT/"results"/tier).glob("*.json"))]
+EARLIER = sorted((ROOT/"results/gpu-earlier").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,16 @@ def test_a_committed_record_is_whole_and_of_these_settings(path, settings):
     seeds = len(record["config"]["seeds"])
     assert {len(v) for v in record["per_clip"].values()} == {seeds}
     assert {len(record["metrics"][f"{s}.exact"]["seeds"]) for s in ("test", "ood")} == {seeds}
+
+
+@pytest.mark.parametrize("path", EARLIER, ids=lambda p: p.stem)
+def test_a_record_of_the_earlier_lease_is_whole_and_agrees_with_itself(path):
+    record = read_json(path)
+    check_record(record, path)
+    assert record["run"] == path.stem and record["tier"] == "gpu"
+    assert record["config_hash"] == content_hash(record["config"])
+    seeds = len(record["config"]["seeds"])
+    assert {len(v) for v in record["per_clip"].values()} == {seeds} == {len(record["metrics"]["test.exact"]["seeds"])}
 
 
 def test_there_are_records_of_both_tiers(): assert {p.parent.name for p in FILES} == set(TIERS)
@@ -51,6 +62,16 @@ def test_a_bad_record_of_the_tier_gpu_is_one_clear_error(folder):
     with pytest.raises(InputError, match=r"full\.json.*other settings"): load_gpu(folder)
     (ROOT/folder/"full.json").rename(ROOT/folder/"nobody.json")
     with pytest.raises(InputError, match="no run 'nobody'"): load_gpu(folder)
+
+
+def test_a_bad_record_of_the_earlier_lease_is_one_clear_error(folder):
+    whole = read_json(EARLIER[0])
+    write_json(f"{folder}/{whole['run']}.json", whole)
+    assert list(load_earlier(folder)) == [whole["run"]]
+    write_json(f"{folder}/{whole['run']}.json", whole | {"config": whole["config"] | {"lr": 1.}})
+    with pytest.raises(InputError, match="its hash is not that of its settings"): load_earlier(folder)
+    (ROOT/folder/f"{whole['run']}.json").rename(ROOT/folder/"other.json")
+    with pytest.raises(InputError, match=f"other.json: holds run '{whole['run']}'"): load_earlier(folder)
 
 
 @pytest.mark.parametrize("name, chosen", [("tune", False), ("gpu-tune", True)])
