@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'Layout', 'token_units',
-           'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'from_table', 'TokenGates', 'variant_of',
-           'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'Told', 'GatedLinear',
-           'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'FrameInput', 'entrance',
-           'gated_layers', 'wire_gates', 'takes_signals', 'set_frame_signals', 'standardized']
+           'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'autocasts', 'from_table', 'TokenGates',
+           'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta', 'Gated', 'Told',
+           'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState', 'FrameInput',
+           'entrance', 'gated_layers', 'wire_gates', 'takes_signals', 'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
 import math, re
@@ -198,15 +198,19 @@ class _Stack(torch.autograd.Function):
 
 def stacked(rows, sizes=None) -> torch.Tensor: return _Stack.apply(sizes or [len(r) for r in rows], *rows)
 
-def _cached(state, adapter:str, make):
-    key = make, adapter, torch.is_grad_enabled(), torch.is_autocast_enabled()
+def autocasts(x:torch.Tensor) -> bool:
+    "Whether autocast is on where x lies; without a device torch answers for CUDA alone, which is right for an imagined tensor."
+    return torch.is_autocast_enabled() if x.is_meta else torch.is_autocast_enabled(x.device.type)
+
+def _cached(state, adapter:str, make, x):
+    key = make, adapter, torch.is_grad_enabled(), autocasts(x)
     if key not in state.layout.cache: state.layout.cache[key] = make(state, adapter)
     return state.layout.cache[key]
 
 def from_table(module, adapter:str, x:torch.Tensor, variant) -> torch.Tensor | None:
     "Gates for the input x of a layer that sees tokens; None if they are to be computed for it alone."
     if not _tabled(module, x, variant): return None
-    columns, pick = _cached(module.frame_state, adapter, _columns)
+    columns, pick = _cached(module.frame_state, adapter, _columns, x)
     return (pick @ columns[module]).view(*x.shape[:-1], -1)             # a product: its gradient sums in a fixed order
 
 def _columns(state, adapter:str) -> tuple:
@@ -335,12 +339,12 @@ class GateVariant(LoraVariant):
         elif self.kind == "gradient": update = scale_gradient(b(a(scale_gradient(x, 1/gate))), gate)
         else: update = b(a(x)*gate)
         update = update*module.scaling[active_adapter]
-        return result + (update.to(result.dtype) if module.quantized and not torch.is_autocast_enabled() else update)
+        return result + (update.to(result.dtype) if module.quantized and not autocasts(x) else update)
 
 # %% ../nbs/08_temporal.ipynb #4baae5e9
 def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor | None:
     "`forward` as one operation of autograd; None where it has to be several."
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled() or module.frame_state is None: return None
+    if not torch.is_grad_enabled() or autocasts(x) or module.frame_state is None: return None
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if any(m._forward_hooks or m._forward_pre_hooks or m.bias is not None for m in (a, b)) or type(module.lora_dropout[adapter]) is not nn.Identity: return None
     last = a.weight, b.weight
@@ -348,7 +352,7 @@ def _at_once(self:GateVariant, module, adapter:str, x, result) -> torch.Tensor |
         gate, inverse = self.weights(module, x)
         return None if gate is None else WeighedUpdate.apply(x, result, *last, gate, inverse, module, module.scaling[adapter])
     if not _tabled(module, x, self): return None
-    gates = _cached(module.frame_state, adapter, TokenGates)
+    gates = _cached(module.frame_state, adapter, TokenGates, x)
     return GatedUpdate.apply(x, result, *last, gates.of(module), gates, module, module.scaling[adapter])
 
 def _weights(self:GateVariant, module, x:torch.Tensor) -> tuple:

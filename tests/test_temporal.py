@@ -281,11 +281,16 @@ def test_float16_and_bfloat16_adapters_run_beside_their_base():
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", [f for f in tiny_models.FAMILIES if f != "smolvlm"])      # transformers 5.17 cannot run it under autocast
 def test_under_autocast_a_gate_is_what_it_is_without_but_for_rounding(family, gate):
+    "The backward pass runs outside, as in the trainer of transformers."
     model, batch = tiny(family, gate).train(), tiny_models.video_inputs(family)
     plain, grads = loss_and_gradients(model, batch, signals())
-    with torch.autocast("cpu", torch.bfloat16): cast, again = loss_and_gradients(model, batch, signals())
+    model.zero_grad()
+    set_frame_signals(model, signals())
+    with torch.autocast("cpu", torch.bfloat16): cast = model(**batch).loss
+    cast.backward()
+    again = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert torch.allclose(plain, cast.float(), rtol=.02) and grads.keys() == again.keys()
     def direction(g): return torch.cat([t.flatten().float() for n, t in sorted(g.items())])
     assert torch.cosine_similarity(direction(grads), direction(again), 0) > .98
