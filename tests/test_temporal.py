@@ -206,6 +206,49 @@ def test_several_adapters_gated_and_plain_live_on_one_base():
     assert set(layer.lora_gate) == {"default"}
 
 
+def many(n, seed=0): return torch.randn(2, tiny_models.FRAMES, n, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("gate", [*GATES, "input"])
+def test_fewer_signals_than_an_adapter_sees_are_refused_and_more_do_nothing(gate):
+    model, batch, z = tiny("smolvlm", gate, names=("lora_B", "lora_gate", "lora_input")).train(), tiny_models.video_inputs("smolvlm"), many(3)
+    for give in (lambda z: set_frame_signals(model, z), lambda z: batch.update(frame_signals=z)):
+        give(z[..., :1])
+        with pytest.raises(InputError, match="1 of them, an adapter of this model sees 2"): model(**batch)
+        losses = []
+        for more in (z[..., :2], z, torch.cat([z[..., :2], 9*z[..., 2:]], -1)):
+            give(more)
+            (loss := model(**batch).loss).backward()
+            losses.append(loss.detach())
+        assert all(torch.equal(loss, losses[0]) for loss in losses)
+        batch.pop("frame_signals", None)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", SOME)
+def test_adapters_of_one_two_and_three_signals_each_see_their_own(family, gate):
+    "Beside others an adapter computes what it does alone, and heeds each of its signals and no other."
+    def added(model, name, n): model.add_adapter(name, TemporalLoraConfig(**settings(tiny_models.build(family)), gate=gate, signals=n))
+    alone = {n: tiny(family, gate, signals=n) for n in (1, 2, 3)}
+    both, batch, z = tiny(family, gate, signals=2), tiny_models.video_inputs(family), many(3)
+    for n in (1, 3): added(both, f"of{n}", n)
+    fill(wire_gates(both) and both)
+    for n, name in ((1, "of1"), (2, "default"), (3, "of3")):
+        theirs = {k.replace(f".{name}.", ".default."): v for k, v in both.state_dict().items() if f".{name}." in k or k.endswith(f"lora_gate.{name}")}
+        theirs = {k.replace(f"lora_gate.{name}", "lora_gate.default"): v for k, v in theirs.items()}
+        assert not alone[n].load_state_dict(theirs, strict=False).unexpected_keys
+        both.set_adapter(name)
+        def loss(z, model=both): return loss_and_gradients(model.train(), batch, z)
+        (here, grads), (there, own) = loss(z), loss(z[..., :n], alone[n])
+        assert torch.equal(here, there)
+        assert all(torch.equal(g, own[k.replace(f".{name}.", ".default.").replace(f"lora_gate.{name}", "lora_gate.default")]) for k, g in grads.items())
+        for c in range(3):
+            other = z.clone()
+            other[..., c] += torch.linspace(-1, 1, 4)
+            heeded = any(not torch.equal(g, grads[k]) for k, g in loss(other)[1].items())
+            assert heeded == (c < n), (n, c)
+
+
 def test_adapters_mix_within_a_batch():
     base = tiny_models.build("internvl")
     text = rank_settings(base, {"text": 2})
