@@ -70,6 +70,8 @@ class Layout:
     tower: dict = field(default_factory=dict)         # How a packed tower sees the clips (`tower_inputs`)
     ids: torch.Tensor | None = None                   # (B, L) of a forward with visual tokens; None: it has none
     pixels: tuple | None = None                       # Shape of the pixels
+    blind: bool = False                               # There are visual tokens, but no ids to find them by
+    resumed: bool = False                             # The prompt goes on from a cache
     device: object = None                             # Of the layers; signals wait where they came from
     cache: dict = field(default_factory=dict)
 
@@ -106,6 +108,14 @@ def _check_pixels(layout:Layout, times:int):
     fits = shape[0] == sum(frames)*times if family.flat else shape[:2] == (len(frames)*times, max(frames))
     if not fits: raise InputError("frame signals", f"of {frames} frames, but the pixels are {tuple(shape)}", "set_frame_signals for this batch")
 
+def _check_tokens(layout:Layout, seen, expected:int):
+    "Raises `InputError` unless all visual tokens are there. On a GPU, where counting would wait, only parts of a prompt are counted."
+    if seen.is_meta: return
+    counted = layout.resumed or seen.device.type == "cpu"
+    found = int(seen.sum()) if counted else seen.numel()
+    if found < expected or counted and found != expected:
+        raise InputError("frame signals", f"for {expected} visual tokens, but input_ids hold {found}", "give whole prompts at once (prefill_chunk_size=None)")
+
 def token_units(layout:Layout) -> tuple[torch.Tensor, int]:
     "(B, L) unit of each token (-1: none) and how often each clip occurs; the n-th visual token of the batch is the n-th of `Visual.token`."
     if "ids" not in layout.cache:
@@ -114,14 +124,20 @@ def token_units(layout:Layout) -> tuple[torch.Tensor, int]:
         _check_pixels(layout, times)
         token = layout.visual(times).token.to(ids.device)
         seen = (ids == getattr(layout.config, layout.family.token_id)).flatten()
+        _check_tokens(layout, seen, len(token))
         unit = token[(seen.cumsum(0) - 1).clamp(0, len(token) - 1)]
         layout.cache["ids"] = torch.where(seen, unit, -1).view_as(ids), times
     return layout.cache["ids"]
 
 # %% ../nbs/08_temporal.ipynb #cb14962d
+def _no_token(layout:Layout) -> bool:
+    "Whether a forward pass has no visual token. Raises `InputError` where that cannot be known."
+    if layout.blind: raise InputError("input_ids", "there are none beside inputs_embeds and pixels, so no gate could find its visual tokens", "give input_ids")
+    return layout.ids is None
+
 def token_table(layout:Layout, signals:int, waves:bool=False) -> tuple:
     "What a gate sees of the units (units + 1, F), the last for text, and the row of each token (B*L,): (None, None) where no token belongs to a frame."
-    if layout.ids is None: return None, None
+    if _no_token(layout): return None, None
     if layout.signal is None: raise InputError("frame signals", "a gated model ran without them", "call set_frame_signals(model, signals) first")
     unit, times = token_units(layout)
     rows = seen_columns(layout.units(times), signals, waves)
@@ -141,7 +157,7 @@ def _memory_rows(layout, x):
     return layout.units(times)[layout.visual(times).token.to(x.device)], x.shape[:-1]
 
 def _token_rows(layout, x):
-    if layout.ids is None: return None, None
+    if _no_token(layout): return None, None
     unit, times = token_units(layout)
     more = _times(x.shape[:-1].numel(), unit.numel(), "tokens")        # beams, where `generate` makes them past our eyes
     return layout.units(times)[unit.repeat_interleave(more, 0)], x.shape[:-1]
@@ -491,7 +507,9 @@ class FrameState:
         grids = tower_inputs(kwargs) if self.layout.family.packs else {}
         tower = grids or ({} if isinstance(seen, torch.Tensor) else self.layout.tower)
         if kwargs.get("video_compression_mask") is not None: tower = tower | {"kept": kwargs["video_compression_mask"].cpu()}
+        past = kwargs.get("past_key_values")
         self.layout = replace(self.layout, ids=None if seen is None else ids, tower=tower, cache={},
+                              blind=seen is not None and ids is None and self.layout.family.token_id is not None, resumed=past is not None and past.get_seq_length() > 0,
                               pixels=tuple(seen.shape) if isinstance(seen, torch.Tensor) else None)
         self.inside = True
         self.shares = not any(_reentrant(layer) for layer in self.checkpointed)

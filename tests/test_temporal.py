@@ -110,6 +110,32 @@ def test_generate_sees_the_gates_that_forward_sees_with_and_without_a_cache(fami
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(runs[0].logits, runs[-1].logits))
 
 
+READ = [f for f in tiny_models.FAMILIES if f != "idefics"]              # families whose prompt holds visual tokens
+
+
+@pytest.mark.parametrize("gate", ["rank", "gradient", "input"])
+@pytest.mark.parametrize("family", READ)
+def test_embeddings_without_ids_are_refused_by_the_gates_and_nobody_else(family, gate):
+    model, batch = tiny(family, gate).train(), tiny_models.video_inputs(family)
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    set_frame_signals(model, signals())
+    with pytest.raises(InputError, match="no gate could find its visual tokens"): model(**batch)
+    with model.disable_adapter(): assert torch.isfinite(model(**batch).loss)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("family", [f for f in READ if f not in ("video_llama_3", "instructblipvideo", "qwen2_5_omni")])      # these cannot
+def test_a_prompt_read_in_parts_is_refused(family, size):
+    model, batch = tiny(family).eval(), tiny_models.video_inputs(family)
+    del batch["labels"]
+    read = dict(max_new_tokens=2, min_new_tokens=2, do_sample=False, use_cache=True, prefill_chunk_size=size)
+    set_frame_signals(model, signals())
+    try:
+        with pytest.raises(InputError, match="visual tokens, but input_ids hold"): model.generate(**batch, **read)
+    except ValueError as err: assert "Chunked prefill" in str(err)       # older transformers refuse it themselves
+    with model.disable_adapter(): assert model.generate(**batch, **read).shape[1] == batch["input_ids"].shape[1] + 2
+
+
 @pytest.mark.parametrize("family", [f for f in tiny_models.FAMILIES if f != "video_llama_3"])
 def test_beams_carry_the_signals_of_their_clip(family):
     model = tiny(family).eval()
