@@ -400,7 +400,7 @@ def gates_of(plan:Plan, dtype) -> Gates:
     "The gates of this forward pass, computed once."
     if not plan.gated or plan.gates and plan.gates.layout is plan.state.layout: return plan.gates or _UNGATED
     variant, layout = plan.gated[0].variant, plan.state.layout
-    units, index = token_table(layout, variant.width)
+    units, index = token_table(layout, *variant.sees)
     plan.gates = Gates(layout)
     if units is None: return plan.gates
     logits = gate_logits(plan, units)

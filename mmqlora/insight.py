@@ -9,7 +9,7 @@ __all__ = ['spectra', 'gate_map']
 import torch
 
 from .model import modality_of
-from .temporal import gate_values, unit_features
+from .temporal import gate_values, seen_columns, unit_features
 
 # %% ../nbs/08f_insight.ipynb #e55736c6
 def _low_rank(model, adapter:str):
@@ -36,6 +36,6 @@ def gate_map(model, signals:torch.Tensor, adapter:str="default") -> dict[str, li
     for modality, _, layer in _low_rank(model, adapter):
         if adapter not in getattr(layer, "lora_gate", {}): continue
         variant = layer.lora_variant[adapter]
-        rows = unit_features(signals[..., :variant.signals].flatten(0, 1).float().cpu(), [k]*n, [k]*n)[:-1, :variant.width]
+        rows = seen_columns(unit_features(signals.flatten(0, 1).float().cpu(), [k]*n, [k]*n), *variant.sees)[:-1]
         maps.setdefault(modality, []).append(gate_values(rows, layer.lora_gate[adapter].float().cpu()).mean(1).view(n, k))
     return {m: [[round(float(v), 4) for v in row] for row in torch.stack(each).mean(0)] for m, each in maps.items()}

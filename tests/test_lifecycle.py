@@ -173,9 +173,9 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, i): return {"clip": i}
 
 
-def together(rows):
+def together(rows, family="smolvlm"):
     "A batch as a data collator makes it: the signals travel with the clips."
-    batch = tiny_models.video_inputs("smolvlm", [tiny_models.videos(4)[r["clip"]] for r in rows])
+    batch = tiny_models.video_inputs(family, [tiny_models.videos(4)[r["clip"]] for r in rows])
     return {**batch, "frame_signals": signals(len(rows), seed=rows[0]["clip"])}
 
 
@@ -202,6 +202,12 @@ def test_the_trainer_of_transformers_trains_saves_and_resumes(folders, tmp_path)
     longer.max_steps = 3
     fresh = adapted(base(folders), "rank")
     Trainer(fresh, longer, together, Clips()).train(resume_from_checkpoint=str(tmp_path/"checkpoint-2"))
+
+
+def test_the_trainer_of_transformers_trains_in_bfloat16(folders, tmp_path):
+    from transformers import Trainer, TrainingArguments
+    model = adapted(base(folders, "qwen2_vl"), "rank")
+    train_with(Trainer(model, arguments(TrainingArguments, tmp_path, bf16=True), lambda rows: together(rows, "qwen2_vl"), Clips()), model)
 
 
 def test_the_sft_trainer_of_trl_trains(folders, tmp_path):
