@@ -182,6 +182,17 @@ def spatial_entropy(frames:np.ndarray, bins:int=32) -> np.ndarray:
     return _histogram_entropy(grey, bins).astype(np.float32)
 
 # %% ../nbs/04_signals.ipynb #8614c67b
+def _above(frames:np.ndarray, threshold:float, last=None) -> tuple:
+    "(indices of the frames that PySceneDetect scores `threshold` or more, the last frame as HSV); `last`: that of the frames before."
+    import cv2
+    n, h, w, _ = frames.shape
+    hsv = cv2.cvtColor(np.ascontiguousarray(frames).reshape(n*h, w, 3), cv2.COLOR_RGB2HSV).reshape(n, h*w, 3)
+    change = cv2.absdiff(hsv, np.concatenate([hsv[:1] if last is None else last, hsv[:-1]]))
+    total = cv2.reduce(change.reshape(n, -1), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[:, 0]
+    near = np.flatnonzero(total >= (threshold - 1e-6)*3*h*w)                  # few: rounded as PySceneDetect rounds, channel by channel
+    mean = change[near].sum(1, dtype=np.int64)/(h*w)
+    return near[(mean[:, 0] + mean[:, 1] + mean[:, 2])/3 >= threshold], hsv[-1:]
+
 def scene_cuts(
     frames:np.ndarray,     # (T, H, W, 3) uint8 RGB
     fps:float=25.,         # Frames a second
@@ -189,11 +200,16 @@ def scene_cuts(
     shortest:float=.25,    # Seconds between two cuts, at least
 )->np.ndarray:             # (C,) indices of the first frames of new scenes
     "Where a new scene begins. Raises `InputError` where PySceneDetect or OpenCV is missing."
-    try: from scenedetect import ContentDetector, FrameTimecode
+    try: from scenedetect import FrameTimecode; from scenedetect.detector import FlashFilter
     except ImportError as err: raise InputError("scene cuts", f"PySceneDetect cannot be imported ({err})", "pip install scenedetect opencv-python-headless") from None
-    fps, detector = float(fps), ContentDetector(threshold, min_scene_len=max(1, round(shortest*fps)))
-    cuts = [c for i, f in enumerate(frames) for c in detector.process_frame(FrameTimecode(i, fps), np.ascontiguousarray(f[..., ::-1]))]
-    if len(frames): cuts += detector.post_process(FrameTimecode(len(frames) - 1, fps))
+    fps, gap, hits, last = float(fps), max(1, round(shortest*fps)), [np.zeros(0, int)], None
+    piece = max(1, 2**16//max(1, frames[0].size//3)) if len(frames) else 1    # pixels that OpenCV handles in one thread, and the cache holds
+    for i in range(0, len(frames), piece):
+        found, last = _above(frames[i:i + piece], threshold, last)
+        hits.append(found + i)
+    above, flashes = np.concatenate(hits), FlashFilter(FlashFilter.Mode.MERGE, gap)
+    known, asked = {*above.tolist()}, np.unique(np.concatenate([[0], above, above + gap]))
+    cuts = [c for i in asked[asked < len(frames)] for c in flashes.filter(FrameTimecode(int(i), fps), i in known)]
     return np.array(sorted({c.frame_num for c in cuts}), int)
 
 # %% ../nbs/04_signals.ipynb #c285d6fd

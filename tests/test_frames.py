@@ -195,6 +195,37 @@ def test_scene_cuts_of_hard_cuts_are_exact():
     assert scene_cuts(frames).tolist() == [20, 40] and not len(scene_cuts(frames[:1])) and not len(scene_cuts(frames[:0]))
 
 
+def plain_cuts(frames, fps, threshold=27., shortest=.25):
+    "PySceneDetect's own detector, frame by frame."
+    from scenedetect import ContentDetector, FrameTimecode
+    detector = ContentDetector(threshold, min_scene_len=max(1, round(shortest*fps)))
+    cuts = [c for i, f in enumerate(frames) for c in detector.process_frame(FrameTimecode(i, fps), np.ascontiguousarray(f[..., ::-1]))]
+    return sorted({c.frame_num for c in cuts})
+
+
+def flickers(seed, n=150, side=32):
+    "Flat frames that stay, flash and change in bursts: what the filter against flashes is for."
+    rng = rng_for(seed, "flicker")
+    share = rng.choice([.02, .1, .5])
+    return rng.integers(0, 256, (n, 3), dtype=np.uint8)[np.cumsum(rng.random(n) < share) % n][:, None, None].repeat(side, 1).repeat(side, 2)
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_scene_cuts_are_those_of_pyscenedetect_itself(side):
+    filmed = [np.concatenate([render(s, side) for s in scenes(3, ood=True) + scenes(3)])]
+    filmed += [filmed[0][::3], filmed[0][rng_for(0, "order").permutation(len(filmed[0]))], filmed[0][:, ::-1, ::2]]
+    found = [(scene_cuts(f, fps).tolist(), plain_cuts(f, fps)) for f in filmed + [flickers(i, side=side) for i in range(24)] for fps in (8., 16., 29.97)]
+    assert all(ours == theirs for ours, theirs in found) and sum(len(theirs) for _, theirs in found) > 100
+
+
+@pytest.mark.parametrize("threshold", [26., 27., 28.])
+@pytest.mark.parametrize("side", [32, 35])
+def test_a_change_of_just_the_threshold_is_rounded_as_pyscenedetect_rounds_it(side, threshold):
+    steps = np.zeros((90, side, side, 3), np.uint8)
+    for i in range(1, 90, 8): steps[i:, :, :, :] = 0 if steps[i - 1].any() else 81          # grey: value alone changes, by 3 * 27
+    assert scene_cuts(steps, 25., threshold).tolist() == plain_cuts(steps, 25., threshold)
+
+
 def test_selectors_reach_from_the_config_to_the_frames(corpus):
     root, records = corpus
     config = FramesConfig(budgets=[4], selectors=list(SELECTORS), fps=8)
@@ -225,6 +256,7 @@ VIDEOS = sample_videos()
 def test_real_videos_are_decoded_measured_and_selected(name):
     clip, signals = measure(VIDEOS[name], 32, end=8., selectors=SELECTORS)
     n = len(clip.times)
+    assert signals["cuts"].tolist() == plain_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]))
     for selector in SELECTORS:
         chosen = select_frames(selector, signals, n, 8)
         assert len(set(chosen.tolist())) == 8 and chosen[-1] < n
