@@ -80,7 +80,7 @@ def _follow(selector:str, clip, samples) -> dict:
 def _share(seconds:dict, name:str) -> float: return seconds[name]/seconds["read_clip"]
 
 def decode_costs(path, size:int=32, repeats:int=5, k:int=8, least:float=0.) -> dict:
-    """Frames, seconds, and ratios of one video: throughput against bare PyAV (and the most that area scaling leaves of it), the same arrays and full
+    """Frames, seconds, and ratios of one video: throughput against bare PyAV (and what area scaling frame by frame leaves of it), the same arrays and full
     arrays; against decoding, the signals that selectors follow, the flow, all of them, the sound, and choosing `k` frames with the signals for that, by selector."""
     clip, samples, area, point = read_clip(path, size), read_audio(path), Interpolation.AREA, Interpolation.POINT
     works = dict(bare=lambda: _bare(path), point=lambda: _scaled(path, size, point), area=lambda: _scaled(path, size, area), same=lambda: _same(path, size),
