@@ -125,7 +125,9 @@ def import_(name: Annotated[str, typer.Argument(metavar="FORMAT", help="Which co
     for problem, n in report["problems"].items(): table.add_row(f"left out: {problem}", str(n), style="yellow")
     console.print(table)
     for pair, n in report["videos_in_two_splits"].items(): console.print(f"{pair} share {n} videos: tune on one only", style="yellow")
-    if report["problems"]: console.print(f"what was left out, clip by clip: {folder}/problems.jsonl", soft_wrap=True)
+    if n := report["duplicate_names"]: console.print(f"{n} files have the name of another, which was taken", style="yellow")
+    if n := report["links_outside"]: console.print(f"{n} links lead out of the folder of videos and were not followed", style="yellow")
+    if report["problems"] or report["duplicate_names"] or report["links_outside"]: console.print(f"what was left out, one by one: {folder}/problems.jsonl", soft_wrap=True)
 
 command(import_, name="import", cls=ImportHelp)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VATEX_ID', 'VIDEO_SUFFIXES', 'FORMATS', 'Place', 'Entry', 'msrvtt', 'activitynet', 'vatex', 'lsmdc', 'msrvtt_qa',
-           'ego4d_nlq', 'howto100m', 'Problem', 'Format', 'import_corpus']
+           'ego4d_nlq', 'howto100m', 'Videos', 'Problem', 'Format', 'import_corpus']
 
 # %% ../nbs/03a_importers.ipynb #87dcb61e
 import csv, json, os, re, shutil
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 class Entry(NamedTuple):
     "What annotations say of one clip."
     id: str
-    split: str
+    split: str                                    # "": in no list of the split that was asked for
     places: list
     captions: dict
     questions: list = []
@@ -84,9 +84,11 @@ def msrvtt(paths) -> list[Entry]:
         splits |= {v["video_id"]: _split_of(v["split"]) for v in _shaped(f"{path}: videos", data["videos"], list, "video_id", "split")}
         for s in _shaped(f"{path}: sentences", data["sentences"], list, "video_id", "caption"): captions[s["video_id"]].append(s["caption"])
     official, queries = _one_k_a(paths)
-    if queries: splits = official if "train" in official.values() else {**dict.fromkeys(splits, "train"), **official}
+    if queries:
+        rest = "" if "train" in official.values() else "train"                # "": annotated, but in no list
+        splits = {v: official.get(v, rest) for v in (*splits, *official)}
     for video, query in queries.items(): captions[video] = [query] + [c for c in captions[video] if c != query]
-    return [Entry(v, split, [Place(v)], {"en": list(dict.fromkeys(captions[v]))}, gallery=f"msrvtt-{split}" if split != "train" else None)
+    return [Entry(v, split, [Place(v)], {"en": list(dict.fromkeys(captions[v]))}, gallery=f"msrvtt-{split}" if split in ("dev", "test") else None)
             for v, split in splits.items()]
 
 # %% ../nbs/03a_importers.ipynb #5f03ae59
@@ -198,39 +200,60 @@ def howto100m(paths) -> list[Entry]:
 # %% ../nbs/03a_importers.ipynb #ec9a582a
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif", ".ts", ".ogv"}
 
-def _video_files(folder) -> dict[str, Path]:
-    "File name without extension -> file, for all videos below `folder` that lie in it really; of two equal names the first in order."
+class Videos(NamedTuple):
+    "The videos below a folder that lie in it really: file name without extension -> file; other files of those names; links that lead out."
+    files: dict
+    doubles: list
+    outside: list
+
+def _video_files(folder) -> Videos:
+    "What lies in a folder; of two equal names the first in order is taken."
     root = Path(folder)
     if not root.is_dir(): raise InputError(root, "no such folder of videos")
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-    inside = [p for p in files if p.resolve().is_relative_to(root.resolve())]
-    return {p.stem: p for p in reversed(inside)}
+    home = root.resolve()
+    inside = {p: p.resolve().is_relative_to(home) for p in files}
+    taken = {p.stem: p for p in reversed(files) if inside[p]}
+    return Videos(taken, [p for p in files if inside[p] and p != taken[p.stem] and not p.samefile(taken[p.stem])], [p for p in files if not inside[p]])
 
+# %% ../nbs/03a_importers.ipynb #ec9apr1c
 class Problem(NamedTuple):
-    "Why a clip is not in the corpus."
+    "Why a clip is not in the corpus, or (without a clip) why a file is not."
     clip: str
     split: str
     video: str
-    problem: str                                  # missing, broken, bad_span, past_end, too_short or no_text
+    problem: str                                  # missing, broken, bad_span, past_end, too_short, no_text or outside_list; of files: duplicate_name, link_outside
     detail: str
 
 class _Finder:
     "Finds the video of an entry and looks at each file once."
-    def __init__(self, folder, min_seconds:float): self.files, self.seen, self.min_seconds = _video_files(folder), {}, min_seconds
+    def __init__(self, folder, min_seconds:float):
+        self.folder, self.videos, self.seen, self.min_seconds = folder, _video_files(folder), {}, min_seconds
+        self.files, self.outside = self.videos.files, {p.stem for p in self.videos.outside}
+    def strays(self) -> list[Problem]:
+        "Files that no clip can have."
+        def problem(path, kind, detail): return Problem("", "", str(path.relative_to(self.folder)), kind, detail)
+        return [*(problem(p, "duplicate_name", f"{self.files[p.stem].relative_to(self.folder)} is taken") for p in self.videos.doubles),
+                *(problem(p, "link_outside", "leads out of the folder of videos") for p in self.videos.outside)]
     def seconds(self, path) -> float:
         if path not in self.seen:
             try: self.seen[path] = video_info(path).seconds
             except InputError as err: self.seen[path] = err
         if isinstance(self.seen[path], InputError): raise self.seen[path]
         return self.seen[path]
+    def absent(self, entry:Entry) -> str:
+        "Why none of an entry's places is there."
+        names = " or ".join(dict.fromkeys(p.stem for p in entry.places))
+        return f"no video file named {names}" + ", but a link that leads out of the folder"*any(p.stem in self.outside for p in entry.places)
 
 # %% ../nbs/03a_importers.ipynb #ca699c28
 def _check(finder:_Finder, entry:Entry) -> tuple[Place, Path, bool] | Problem:
     "(place, file, whether the end was clamped) of a usable entry, else its problem."
     def problem(kind, detail=""): return Problem(entry.id, entry.split, entry.places[0].stem, kind, detail)
     place = next((p for p in entry.places if p.stem in finder.files), None)
+    if not entry.split: return problem("outside_list", "annotated, but in no list of the split")
     if not any(map(str.strip, sum(entry.captions.values(), []))) and not entry.questions: return problem("no_text", "neither caption nor question")
-    if place is None: return problem("missing", "no video file named " + " or ".join(dict.fromkeys(p.stem for p in entry.places)))
+    if place is None: return problem("missing", finder.absent(entry))
     if place.end is not None and not 0 <= place.start < place.end: return problem("bad_span", f"{place.start} s to {place.end} s")
     try: seconds = finder.seconds(path := finder.files[place.stem])
     except InputError as err: return problem("broken", str(err))
@@ -296,14 +319,16 @@ def _shared(records) -> dict:
     shared = {f"{a}/{b}": len(videos[a] & videos[b]) for i, a in enumerate(names) for b in names[i + 1:]}
     return {pair: n for pair, n in shared.items() if n}
 
-def _report(name, paths, entries, records, problems, clamped) -> dict:
+def _report(name, paths, entries, records, problems, clamped, strays) -> dict:
     kinds = Counter(p.problem for p in problems)
+    files = Counter(s.problem for s in strays)
     lost = sum(e.truth.get("queries_without_window", 0) for e in entries)
     return dict(corpus=name, annotations=[dict(file=str(p), sha256=file_hash(p)) for p in paths], clips=len(entries), kept=len(records),
                 splits=dict(Counter(r.split for r in records)), videos=len({r.video for r in records}),
                 captions=sum(len(c) for r in records for c in r.captions.values()), questions=sum(len(r.questions) for r in records),
                 problems=dict(kinds), missing_videos=len({p.video for p in problems if p.problem == "missing"}),
-                clamped=clamped, queries_without_window=lost, videos_in_two_splits=_shared(records), listed_in="problems.jsonl")
+                clamped=clamped, duplicate_names=files["duplicate_name"], links_outside=files["link_outside"], queries_without_window=lost,
+                videos_in_two_splits=_shared(records), listed_in="problems.jsonl")
 
 # %% ../nbs/03a_importers.ipynb #d6dc2d4b
 def _entries(name:str, paths:list) -> list[Entry]:
@@ -316,8 +341,8 @@ def _entries(name:str, paths:list) -> list[Entry]:
     return entries
 
 # %% ../nbs/03a_importers.ipynb #d538625d
-def _usable(entries, videos:Path, out:Path, min_seconds:float, label:str) -> tuple[list, list, int]:
-    "(records, problems, number of clamped spans); the videos of the records are brought below `out`."
+def _usable(entries, videos:Path, out:Path, min_seconds:float, label:str) -> tuple[list, list, int, list]:
+    "(records, problems, number of clamped spans, files that no clip can have); the videos of the records are brought below `out`."
     finder, records, problems, clamped = _Finder(videos, min_seconds), [], [], 0
     for entry in tqdm(entries, desc=label, unit="clip", mininterval=5):
         found = _check(finder, entry)
@@ -325,7 +350,7 @@ def _usable(entries, videos:Path, out:Path, min_seconds:float, label:str) -> tup
         place, path, cut = found
         records.append(_record(entry, place, str(path.relative_to(out)) if out == videos else _bring(path, videos, out)))
         clamped += cut
-    return records, problems, clamped
+    return records, problems, clamped, finder.strays()
 
 # %% ../nbs/03a_importers.ipynb #98c8f2eb
 def import_corpus(
@@ -340,10 +365,10 @@ def import_corpus(
     if name not in FORMATS: raise InputError("corpus", f"unknown format '{name}'", _nearest(name, FORMATS))
     paths, videos = [Path(a) for a in annotations], Path(videos).absolute()
     entries, out = _entries(name, paths), Path(out or videos).absolute()
-    records, problems, clamped = _usable(entries, videos, out, min_seconds, name)
+    records, problems, clamped, strays = _usable(entries, videos, out, min_seconds, name)
     records = _held_out(records, held_out)
-    report = _report(name, [f for f in _files(paths, r"\.(json|csv)$") if f.parent != out], entries, records, problems, clamped)
-    write_text(out/"problems.jsonl", "".join(json.dumps(p._asdict(), ensure_ascii=False) + "\n" for p in problems))
+    report = _report(name, [f for f in _files(paths, r"\.(json|csv)$") if f.parent != out], entries, records, problems, clamped, strays)
+    write_text(out/"problems.jsonl", "".join(json.dumps(p._asdict(), ensure_ascii=False) + "\n" for p in (*problems, *strays)))
     write_json(out/"report.json", report)
     if not records: raise InputError(out/"problems.jsonl", f"none of {len(entries)} clips could be used: {', '.join(f'{n} {k}' for k, n in report['problems'].items())}")
     write_records(out, records)

@@ -7,6 +7,8 @@ __all__ = ['FLOW', 'NAMES', 'MEASURED', 'block_change', 'motion_energy', 'change
            'change_flow', 'SignalStream', 'frame_signals', 'spatial_entropy', 'scene_cuts', 'audio_energy']
 
 # %% ../nbs/04_signals.ipynb #1fc155f1
+from functools import lru_cache
+
 import numpy as np
 
 from .core import InputError
@@ -59,52 +61,70 @@ def block_change(frames:np.ndarray, # (T, H, W, 3) uint8
     return _block_means(abs(_change(_grey(_wide(frames, grid), grid), last)))
 
 # %% ../nbs/04_signals.ipynb #0c55d60f
-def _histogram_entropy(level:np.ndarray, bins:int) -> np.ndarray:
-    "(T, n) integers in [0, bins) -> (T,) entropy of each row's histogram, bits."
-    t, n = level.shape
-    counts = np.bincount((level + np.arange(0, t*bins, bins)[:, None]).ravel(), minlength=t*bins).reshape(t, bins)
+@lru_cache
+def _bits(n:int) -> np.ndarray:
+    "(n + 1,) p log2 p of the shares 0, 1/n ... 1: a logarithm per count and not per bin."
     share = np.arange(n + 1)/n
-    return -(share*np.log2(np.where(share > 0, share, 1)))[counts].sum(1)     # a logarithm per count and not per bin
+    return share*np.log2(np.where(share > 0, share, 1))
+
+def _histogram_entropy(level:np.ndarray, bins:int) -> np.ndarray:
+    "(T, n) integers in [0, bins), used up -> (T,) entropy of each row's histogram, bits."
+    t, n = level.shape
+    level += np.arange(0, t*bins, bins)[:, None]
+    return -_bits(n).take(np.bincount(level.ravel(), minlength=t*bins).reshape(t, bins)).sum(1)
+
+def _median(x:np.ndarray) -> np.ndarray:
+    "(T, ...) -> (...): `np.median(x, 0)`, but each column moved together first, which is five times faster."
+    if not len(x): return np.zeros(x.shape[1:], x.dtype)
+    columns, half = x.T.copy(), len(x)//2
+    columns.partition(half)
+    return columns[..., half] if len(x) % 2 else (columns[..., :half].max(-1) + columns[..., half])/2
+
+def _unusual(x:np.ndarray) -> np.ndarray:
+    "(T,) -> (T,) float32: what lies above the median; `x` is used up."
+    x -= _median(x)
+    return np.maximum(x, 0, out=x).astype(np.float32, copy=False)
 
 def motion_energy(change:np.ndarray) -> np.ndarray:
     "(T, blocks) block change -> (T,) mean change above the clip's median, grey levels."
-    energy = change.mean(1)
-    return np.maximum(energy - np.median(energy), 0).astype(np.float32)
+    return _unusual(change.mean(1))
 
 def change_entropy(change:np.ndarray, step:float=4., bins:int=16) -> np.ndarray:
     "(T, blocks) block change -> (T,) entropy in bits of its histogram (bins `step` grey levels wide), above the clip's median."
-    entropy = _histogram_entropy(np.minimum(change/step, bins - 1).astype(int), bins)
-    return np.maximum(entropy - np.median(entropy), 0).astype(np.float32)
+    level = change/step
+    return _unusual(_histogram_entropy(np.minimum(level, bins - 1, out=level).astype(np.intp), bins))
 
 # %% ../nbs/04_signals.ipynb #3d56bad9
 def _block_colors(wide:np.ndarray, grid:int) -> np.ndarray:
-    "(T, H, W, 3) uint16 -> (T, grid * grid, 3) float32, as `block_colors`."
+    "(T, H, W, 3) uint16 -> (3, T, grid * grid) float32, as `block_colors` but a plane per colour."
     t, h, w, _ = wide.shape
-    height, width = h//grid, w//grid
+    height, width, k = h//grid, w//grid, 1
     rows = wide.reshape(t*grid, height, 3*w)
     flat = rows[:, 0].astype(np.uint16 if height*width <= 257 else np.uint32)
     for i in range(1, height): flat += rows[:, i]                             # rows first: long runs of memory
-    total = flat.reshape(-1).copy()
-    for j in range(1, width): total[:-3*j] += flat.reshape(-1)[3*j:]          # of the pixels from each on, those of whole blocks are taken
-    colors = np.stack([total[c::3*width] for c in range(3)])
-    return (colors.astype(np.float32)/np.float32(height*width)).reshape(3, t, grid*grid).transpose(1, 2, 0)
+    flat = total = flat.reshape(-1)
+    while 2*k <= width: total, k = total[:-3*k] + total[3*k:], 2*k            # of k pixels from each on; those of whole blocks are taken
+    total = total[:flat.size - 3*(width - 1)]
+    for j in range(k, width): total += flat[3*j:3*j + total.size]
+    colors = np.empty((3, t*grid*grid), np.float32)
+    for c, plane in enumerate(colors): plane[:] = total[c::3*width]
+    colors /= np.float32(height*width)
+    return colors.reshape(3, t, grid*grid)
 
 def block_colors(frames:np.ndarray, grid:int=8) -> np.ndarray:
     "(T, H, W, 3) uint8 -> (T, grid * grid, 3) float32: the mean colour of each block."
-    return _block_colors(_wide(frames, grid), grid)
-
-def _median(x:np.ndarray) -> np.ndarray:
-    "(T, n) -> (n,): `np.median(x, 0)`, but each column moved together first, which is five times faster."
-    columns, half = np.ascontiguousarray(x.T), len(x)//2
-    columns.partition(half, axis=1)
-    return columns[:, half] if len(x) % 2 else (columns[:, :half].max(1) + columns[:, half])/2
+    return _block_colors(_wide(frames, grid), grid).transpose(1, 2, 0)
 
 def change_mass(colors:np.ndarray, above:float=3., least:float=.3) -> np.ndarray:
     "(T, blocks, 3) block colours -> (T,) log(1 + excess): change of all blocks beyond `above` times their median (plus `least` grey levels)."
     if len(colors) < 2: return np.zeros(len(colors), np.float32)
-    step = np.sqrt((np.diff(colors, axis=0)**2).mean(2))
-    excess = np.maximum(step/(_median(step) + least) - above, 0)
-    return np.log1p(np.concatenate([[0.], excess.sum(1)])).astype(np.float32)
+    red, green, blue = (plane[1:] - plane[:-1] for plane in colors.transpose(2, 0, 1))
+    for plane in (red, green, blue): plane *= plane
+    step = (red + green + blue)/3
+    step = np.sqrt(step, out=step)
+    step /= _median(step) + least
+    step -= above
+    return np.log1p(np.concatenate([[0.], np.maximum(step, 0, out=step).sum(1)])).astype(np.float32)
 
 # %% ../nbs/04_signals.ipynb #f3756368
 FLOW = ("right", "left", "down", "up", "brighter", "darker", "amount")
@@ -166,7 +186,7 @@ class SignalStream:
         "The signals so far: name -> (T,)."
         flow = dict(zip(FLOW, np.concatenate(self.flow).T)) if self.flow else {}
         change = np.concatenate(self.change) if self.change else None
-        made = dict(motion=lambda: motion_energy(change), entropy=lambda: change_entropy(change), change=lambda: change_mass(np.concatenate(self.colors)))
+        made = dict(motion=lambda: motion_energy(change), entropy=lambda: change_entropy(change), change=lambda: change_mass(np.concatenate(self.colors, 1).transpose(1, 2, 0)))
         return {name: flow[name] if name in flow else made[name]() for name in self.names}
 
 def frame_signals(frames:np.ndarray, names=MEASURED, piece:int=64) -> dict:
@@ -182,6 +202,17 @@ def spatial_entropy(frames:np.ndarray, bins:int=32) -> np.ndarray:
     return _histogram_entropy(grey, bins).astype(np.float32)
 
 # %% ../nbs/04_signals.ipynb #8614c67b
+def _above(frames:np.ndarray, threshold:float, last=None) -> tuple:
+    "(indices of the frames that PySceneDetect scores `threshold` or more, the last frame as HSV); `last`: that of the frames before."
+    import cv2
+    n, h, w, _ = frames.shape
+    hsv = cv2.cvtColor(np.ascontiguousarray(frames).reshape(n*h, w, 3), cv2.COLOR_RGB2HSV).reshape(n, h*w, 3)
+    change = cv2.absdiff(hsv, np.concatenate([hsv[:1] if last is None else last, hsv[:-1]]))
+    total = cv2.reduce(change.reshape(n, -1), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[:, 0]
+    near = np.flatnonzero(total >= (threshold - 1e-6)*3*h*w)                  # few: rounded as PySceneDetect rounds, channel by channel
+    mean = change[near].sum(1, dtype=np.int64)/(h*w)
+    return near[(mean[:, 0] + mean[:, 1] + mean[:, 2])/3 >= threshold], hsv[-1:]
+
 def scene_cuts(
     frames:np.ndarray,     # (T, H, W, 3) uint8 RGB
     fps:float=25.,         # Frames a second
@@ -189,16 +220,25 @@ def scene_cuts(
     shortest:float=.25,    # Seconds between two cuts, at least
 )->np.ndarray:             # (C,) indices of the first frames of new scenes
     "Where a new scene begins. Raises `InputError` where PySceneDetect or OpenCV is missing."
-    try: from scenedetect import ContentDetector, FrameTimecode
+    try: from scenedetect import FrameTimecode; from scenedetect.detector import FlashFilter
     except ImportError as err: raise InputError("scene cuts", f"PySceneDetect cannot be imported ({err})", "pip install scenedetect opencv-python-headless") from None
-    fps, detector = float(fps), ContentDetector(threshold, min_scene_len=max(1, round(shortest*fps)))
-    cuts = [c for i, f in enumerate(frames) for c in detector.process_frame(FrameTimecode(i, fps), np.ascontiguousarray(f[..., ::-1]))]
-    if len(frames): cuts += detector.post_process(FrameTimecode(len(frames) - 1, fps))
+    fps, gap, hits, last = float(fps), max(1, round(shortest*fps)), [np.zeros(0, int)], None
+    piece = max(1, 2**16//max(1, frames[0].size//3)) if len(frames) else 1    # pixels that OpenCV handles in one thread, and the cache holds
+    for i in range(0, len(frames), piece):
+        found, last = _above(frames[i:i + piece], threshold, last)
+        hits.append(found + i)
+    above, flashes = np.concatenate(hits), FlashFilter(FlashFilter.Mode.MERGE, gap)
+    known, asked = {*above.tolist()}, np.unique(np.concatenate([[0], above, above + gap]))
+    cuts = [c for i in asked[asked < len(frames)] for c in flashes.filter(FrameTimecode(int(i), fps), i in known)]
     return np.array(sorted({c.frame_num for c in cuts}), int)
 
 # %% ../nbs/04_signals.ipynb #c285d6fd
 def audio_energy(samples:np.ndarray, n:int) -> np.ndarray:
-    "(samples,) audio -> (n,) root mean square over n equal spans; zeros when there is no audio."
-    if not len(samples): return np.zeros(n, np.float32)
-    spans = np.array_split(samples.astype(np.float32), n)
-    return np.array([np.sqrt((s*s).mean()) if len(s) else 0 for s in spans], np.float32)
+    "(samples,) audio -> (n,) root mean square over n equal spans, the first ones a sample longer where it must be; zeros when there is no audio."
+    square, energy = samples.astype(np.float32), np.zeros(n, np.float32)
+    square *= square
+    length, longer = divmod(len(square), n)
+    cut = longer*(length + 1)
+    if longer: energy[:longer] = square[:cut].reshape(longer, -1).mean(1)
+    if length: energy[longer:] = square[cut:].reshape(n - longer, -1).mean(1)
+    return np.sqrt(energy, out=energy)

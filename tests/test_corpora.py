@@ -4,11 +4,12 @@ import shutil
 import subprocess
 import sys
 
+import av
 import pytest
 import yaml
 from conftest import ROOT
 
-from mmqlora.batch import build_tokenizer, save_clips
+from mmqlora.batch import build_tokenizer, load_clips, save_clips
 from mmqlora.config import load_params
 from mmqlora.core import InputError, read_json, rng_for, write_json
 from mmqlora.corpus import of_split, read_records
@@ -16,9 +17,10 @@ from mmqlora.importers import FORMATS, import_corpus
 from mmqlora.mmevents import write_mp4
 from mmqlora.model import new_model, save_model, small_config
 from mmqlora.prepare import prepare
-from mmqlora.render import render, sound
+from mmqlora.render import SAMPLE_RATE, render, sound
 from mmqlora.runs import run_experiment
-from mmqlora.scenes import target_scene
+from mmqlora.scenes import FPS, target_scene
+from mmqlora.video import video_info
 
 
 def msrvtt(folder):
@@ -86,8 +88,8 @@ def make_base(folder, words):
 
 
 def make_clone(folder, name, run):
-    "A repository with params.yaml for the corpus `name`."
-    folder.mkdir()
+    "A repository with params.yaml for the corpus `name`; one that is there gets other params."
+    folder.mkdir(exist_ok=True)
     params = yaml.safe_load((ROOT/"params.yaml").read_text())
     params |= dict(profile="here", profiles={"here": dict(clips={"train": None, "test": None})}, corpus=dict(name=name, root=f"data/{name}"),
                    runs={"qlora": dict(frames=2, steps=2, batch_size=2, seeds=[0], **run)})
@@ -96,19 +98,41 @@ def make_clone(folder, name, run):
     return folder
 
 
+def write_avi(path, frames, samples):
+    "A true AVI, as LSMDC has them: MPEG-4 and PCM."
+    with av.open(str(path), "w", format="avi") as out:
+        picture, heard = out.add_stream("mpeg4", rate=FPS), out.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+        picture.height, picture.width = frames.shape[1:3]
+        picture.pix_fmt = "yuv420p"
+        for pixels in frames: out.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        chunk = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        chunk.sample_rate = SAMPLE_RATE
+        out.mux(heard.encode(chunk))
+        for stream in (picture, heard): out.mux(stream.encode(None))
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     "place(folder, names) writes a video of two seconds for each name, each its own."
     folder, made = tmp_path_factory.mktemp("videos"), []
     for i in range(6):
         scene = target_scene(rng_for(i, "corpora"))
-        write_mp4(folder/f"{i}.mp4", render(scene), sound(scene))
-        made.append((folder/f"{i}.mp4").read_bytes())
+        for suffix, write in ((".mp4", write_mp4), (".avi", write_avi)): write(folder/f"{i}{suffix}", render(scene), sound(scene))
+        made.append({suffix: (folder/f"{i}{suffix}").read_bytes() for suffix in (".mp4", ".avi")})
     def place(target, names, suffix=".mp4"):
         target.mkdir(parents=True)
-        for name, content in zip(names, made): (target/f"{name}{suffix}").write_bytes(content)
+        for name, content in zip(names, made): (target/f"{name}{suffix}").write_bytes(content[suffix])
         return target
     return place
+
+
+def suffix_of(name): return ".avi" if name == "lsmdc" else ".mp4"
+
+
+def test_the_avi_files_are_avi(clips, tmp_path):
+    path = clips(tmp_path/"videos", ["a"], ".avi")/"a.avi"
+    with av.open(str(path)) as container: assert container.format.name == "avi"
+    assert path.read_bytes()[8:12] == b"AVI " and video_info(path) == (2., 64, 64, FPS, True)
 
 
 @pytest.fixture
@@ -116,7 +140,7 @@ def corpus(tmp_path, clips, monkeypatch):
     "corpus(name) -> (folder of a repository, its params, records): annotations imported there, a base model that knows their words."
     def make(name, run=None):
         (tmp_path/"annotations").mkdir()
-        videos = clips(tmp_path/"videos", FIXTURES[name](tmp_path/"annotations"), ".avi" if name == "lsmdc" else ".mp4")
+        videos = clips(tmp_path/"videos", FIXTURES[name](tmp_path/"annotations"), suffix_of(name))
         clone = make_clone(tmp_path/"clone", name, run or ({"tasks": ["questions"], "checks": ["tasks"]} if name in ASKED else {}))
         import_corpus(name, [tmp_path/"annotations"], videos, clone/f"data/{name}", held_out=.5 if name in UNTESTED else 0.)
         records = read_records(clone/f"data/{name}")
@@ -186,24 +210,59 @@ def test_a_corpus_of_questions_asks_for_a_run_that_answers(corpus):
     with pytest.raises(InputError, match=r"questions and no captions.*tasks: \[questions\]"): run_experiment(params, "qlora")
 
 
-def test_the_stages_themselves_run_on_an_imported_corpus(tmp_path, clips):
-    "By the command line: import, dvc add, dvc repro of one run; a second dvc repro has nothing to do."
-    clone = make_clone(tmp_path/"clone", "msrvtt", {})
+CLI = (sys.executable, "-c", "from mmqlora.cli import main; main()")
+
+
+def ran(clone, *command):
+    "What a command prints, run in a repository with code of its own; it must succeed."
+    environment = {**os.environ, "PYTHONPATH": str(clone), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(list(map(str, command)), cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    "A clone with code and the stages `frames` and `finetune`, under git and DVC."
+    clone = make_clone(tmp_path_factory.mktemp("stages")/"clone", "msrvtt", {})
     for part in ("mmqlora", "scripts", "nbs/experiments"): shutil.copytree(ROOT/part, clone/part, ignore=shutil.ignore_patterns("__pycache__"))
     stages = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
     (clone/"dvc.yaml").write_text(yaml.safe_dump(dict(stages={k: stages[k] for k in ("frames", "finetune")})))
+    ran(clone, "git", "init", "-q")
+    ran(clone, "dvc", "init", "-q")
+    return clone
+
+
+def imported(repository, name, tmp_path, clips):
+    "Import a corpus by the command line in place of what the repository had; its records."
+    clone = make_clone(repository, name, {})
+    for old in ("data", "artifacts"): shutil.rmtree(clone/old, ignore_errors=True)
     (tmp_path/"annotations").mkdir()
-    videos = clips(tmp_path/"videos", msrvtt(tmp_path/"annotations"))
-    environment = {**os.environ, "PYTHONPATH": str(clone), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-    def ran(*command):
-        done = subprocess.run(list(map(str, command)), cwd=clone, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout
-    cli = (sys.executable, "-c", "from mmqlora.cli import main; main()")
-    assert "6 of 6 clips" in ran(*cli, "import", "msrvtt", "--annotations", tmp_path/"annotations", "--videos", videos)
-    for base in ("base", "base-small", "base-large"): make_base(clone/"models"/base, words_of(read_records(clone/"data/msrvtt")))      # deps of every run
-    ran("git", "init", "-q"); ran("dvc", "init", "-q"); ran("dvc", "add", "-q", "data")
-    ran("dvc", "repro", "-q", "finetune@qlora")
-    record = read_json(clone/"results/here/qlora.json")
-    assert record["metrics"]["test.cider"]["n"] == 2 and read_json(clone/"artifacts/frames/corpus.json")["splits"]["train"]["clips"] == 3
-    assert "up to date" in ran("dvc", "repro", "finetune@qlora")
+    videos = clips(tmp_path/"videos", FIXTURES[name](tmp_path/"annotations"), suffix_of(name))
+    more = ("--held-out", ".5") if name in UNTESTED else ()
+    said = ran(clone, *CLI, "import", name, "--annotations", tmp_path/"annotations", "--videos", videos, *more)
+    records = read_records(clone/f"data/{name}")
+    assert f"{len(records)} of {len(records)} clips" in said
+    ran(clone, "dvc", "add", "-q", "data")
+    return records
+
+
+@pytest.mark.parametrize("name", [f for f in FORMATS if f != "msrvtt"])       # that one goes further, below
+def test_every_format_goes_by_the_command_line_to_the_frames_of_the_stage(name, tmp_path, clips, repository):
+    records = imported(repository, name, tmp_path, clips)
+    ran(repository, "dvc", "repro", "-q", "frames")
+    for split in ("train", "test"):
+        sets, chosen = load_clips(repository/f"artifacts/frames/entropy-2/{split}.safetensors", audio=True), of_split(records, split)
+        assert sets.pixels.shape == (len(chosen), 2, 3, 32, 32) and len(chosen) and sets.pixels.float().std() > 10
+        assert read_json(repository/"artifacts/frames/corpus.json")["splits"][split]["clips"] == len(chosen)
+    assert "up to date" in ran(repository, "dvc", "repro", "frames")
+
+
+def test_the_stages_themselves_run_on_an_imported_corpus(tmp_path, clips, repository):
+    "By the command line: import, dvc add, dvc repro of one run; a second dvc repro has nothing to do."
+    records = imported(repository, "msrvtt", tmp_path, clips)
+    for base in ("base", "base-small", "base-large"): make_base(repository/"models"/base, words_of(records))      # deps of every run
+    ran(repository, "dvc", "repro", "-q", "finetune@qlora")
+    record = read_json(repository/"results/here/qlora.json")
+    assert len(records) == 6 and record["metrics"]["test.cider"]["n"] == 2 and read_json(repository/"artifacts/frames/corpus.json")["splits"]["train"]["clips"] == 3
+    assert "up to date" in ran(repository, "dvc", "repro", "finetune@qlora")

@@ -81,6 +81,30 @@ def test_msrvtt_1k_a_is_what_the_official_lists_say(tmp_path, place, with_traini
     assert records["video1"].captions["en"] == ["caption 2 of video 1", "caption 0 of video 1", "caption 1 of video 1"]
 
 
+def test_what_no_list_of_1k_a_names_is_listed_and_not_lost(tmp_path, place):
+    msrvtt(tmp_path)
+    (tmp_path/"MSRVTT_JSFUSION_test.csv").write_text("key,vid_key,video_id,sentence\nret0,msr4,video4,a query\n")
+    (tmp_path/"MSRVTT_train.7k.csv").write_text("video_id\nvideo0\nvideo1\n")
+    report = import_corpus("msrvtt", [tmp_path], place(*(f"video{i}.mp4" for i in range(6))), tmp_path/"out")
+    assert report["problems"] == {"outside_list": 3} and report["kept"] + 3 == report["clips"] == 6
+    assert [p["clip"] for p in problems(tmp_path/"out")] == ["video2", "video3", "video5"]
+    assert [r.id for r in read_records(tmp_path/"out")] == ["video0", "video1", "video4"]      # in the order of the annotations
+
+
+def test_files_that_no_clip_can_have_are_counted_and_listed(tmp_path, place, clip):
+    videos = place("a/video0.mp4", "b/video0.mp4", "c/video0.webm", "video1.mp4")
+    (tmp_path/"outside.mp4").write_bytes(clip)
+    (videos/"video2.mp4").symlink_to(tmp_path/"outside.mp4")
+    (videos/"a/again").mkdir()
+    os.link(videos/"a/video0.mp4", videos/"a/again/video0.mp4")                # the same file twice is no other file
+    report = import_corpus("msrvtt", [msrvtt(tmp_path)], videos, tmp_path/"out")
+    assert report["duplicate_names"] == 2 and report["links_outside"] == 1 and report["kept"] == 2
+    listed = problems(tmp_path/"out")
+    assert [(p["video"], p["problem"]) for p in listed if not p["clip"]] == [("b/video0.mp4", "duplicate_name"), ("c/video0.webm", "duplicate_name"), ("video2.mp4", "link_outside")]
+    assert "a link that leads out" in next(p for p in listed if p["clip"] == "video2")["detail"]
+    assert Counter(p["problem"] for p in listed if p["clip"]) == report["problems"] == {"missing": 4}
+
+
 def test_activitynet_segments_and_the_videos_that_two_splits_share(tmp_path, place):
     told = dict(duration=2., timestamps=[[0, 1.2], [.5, 2.09], [1.9, 1.95], [3., 5.], [1.5, .5]], sentences=[" A man. ", "He jumps.", "Short.", "Late.", "Backwards."])
     for name in ("train", "val_1", "val_2"): write_json(tmp_path/f"{name}.json", {"v_QOlSCBRmfWY" if name == "train" else "v_bXdq2zI1Ms0": told})
