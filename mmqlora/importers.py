@@ -207,10 +207,10 @@ class Videos(NamedTuple):
     outside: list
 
 def _video_files(folder) -> Videos:
-    "What lies in a folder; of two equal names the first in order is taken."
+    "What lies in a folder; of two equal names the one that lies higher is taken, else the first in order."
     root = Path(folder)
     if not root.is_dir(): raise InputError(root, "no such folder of videos")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+    files = sorted((p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()), key=lambda p: (len(p.parts), p))
     home = root.resolve()
     inside = {p: p.resolve().is_relative_to(home) for p in files}
     taken = {p.stem: p for p in reversed(files) if inside[p]}
