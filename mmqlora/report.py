@@ -709,7 +709,7 @@ def gpu_macros(e:Evidence) -> dict:
     seeds that came to nothing. gpu.missing, late, diverged: names; gpu.n, added, planned, compared, borrowed (of the earlier lease), seeds, fewest, full (runs with all seeds)."""
     records = e.gpu | only_earlier(e)
     made = _absent() | metric_macros(records) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(records) | beyond_macros(records) | error_macros(records)
-    made |= {f"lease.{run}": "this" if run in e.gpu else "earlier" for run in records} | {f"{run}.diverged": str(diverged(r)) for run, r in records.items()}
+    made |= {f"lease.{run}": "this" if run in e.gpu else "earlier" for run in records} | {f"{run}.diverged": str(diverged(records[run])) if run in records else "n/a" for run in {*GPU_PLAN, *records}}
     return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
 
 def earlier_macros(e:Evidence) -> dict:
@@ -1186,7 +1186,7 @@ def _step_rows(e:Evidence, frames:int, limits:tuple) -> list[tuple]:
     cells = [c for each in e.efficiency["cells"].items() for c in step_cells(dict([each])) if c["frames"] == frames and c["way"] in LEAN]
     best = min(cells, key=lambda c: max(v/most for v, most in zip(sizes(c), limits) if most), default=None)
     peak, seconds = sizes(best) if best else (None, None)
-    name, held = f"{frames} frames, {run_name(best['way'])}, {best['gpu'].split()[1]}: " if best else f"{frames} frames: ", best and best.get("reserved_bytes")
+    name, held = f"{frames} frames, {run_name(best['way'])}, {(best.get('gpu') or 'no card').split()[1]}: " if best else f"{frames} frames: ", best and best.get("reserved_bytes")
     return [(name + "peak", limits[0], peak, "GiB"), (name + "reserved", None, held and held/2**30, "GiB"), (name + "time", limits[1], seconds, "s")]
 
 # %% ../nbs/14a_report.ipynb #548118e1
