@@ -1277,6 +1277,7 @@ def verdicts_markdown(e:Evidence) -> str:
     header = ["claim", "in short", "key comparison (exact match if not said)", *(f"{e.tier}: {k}" for k in ("verdict", "difference [95 % CI]")), *(f"gpu: {k}" for k in ("verdict", "difference [95 % CI]"))]
     return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim. † within an earlier lease of the tier gpu, ‡ with seeds that diverged.\n\n" + markdown_table(header, rows) + "\n"
 
+# %% ../nbs/14a_report.ipynb #660ce448
 def results_markdown(e:Evidence) -> str:
     "Every run on one line, a table per tier, for the README."
     names = ("test.exact", "test.transient", "test.order", "test.cider", "test.t2v_r1", "ood.exact")
