@@ -22,8 +22,8 @@ from .families import family_of
 from .joint import apply_bits
 from .model import bits_of, linears, same_precision
 from .prefix import add_prefixes, prefix_bytes
-from .ranks import adapter_tensors, audit, rank_settings
-from .temporal import TemporalLoraConfig, entrance, wire_gates
+from .ranks import adapter_tensors, audit, check_whole, rank_settings
+from .temporal import GATES, TemporalLoraConfig, entrance, takes_signals, wire_gates
 
 # %% ../nbs/08d_adapters.ipynb #75c6a725
 QUANTIZATION = {"frozen": "none", "full": "none", "lora": "none", "qlora": "nf4", "dora": "none", "qdora": "nf4",
@@ -33,6 +33,11 @@ def tokens_per_frame(config) -> int:
     "Image tokens per frame of a SmolVLM configuration."
     vision = config.vision_config
     return (vision.image_size//vision.patch_size)**2//config.scale_factor**2
+
+def _check_gate(method:str, gate:str):
+    if gate == "none": return
+    if gate not in (*GATES, "input"): raise InputError("gate", f"unknown gate '{gate}'", f"choose from: none, {', '.join(GATES)}, input")
+    if method not in ("lora", "qlora"): raise InputError("gate", f"{method} has no temporal gate", "choose lora or qlora, or gate='none'")
 
 def _check_bits(model, method:str):
     bits = {bits_of(m) for modules in linears(model).values() for m in modules.values()}
@@ -48,6 +53,7 @@ def placed(model:nn.Module, ranks:dict) -> list[str]:
     "The modalities with a rank above 0. Raises `InputError` for an unknown one, or if there is none."
     found = linears(model)
     if unknown := sorted(set(ranks) - set(found)): raise InputError("ranks", f"unknown modality {unknown[:3]}", f"this family has {', '.join(found)}")
+    check_whole(ranks)
     if not any(ranks.values()): raise InputError("ranks", "all ranks are 0: nothing would be trained")
     return [m for m in found if ranks.get(m, 0) > 0]
 
@@ -76,8 +82,9 @@ def adapt(
 ):                               # A `PeftModel` around the model (LoRA, DoRA, IA3), else the model itself
     "Make `model` ready to train with `method`. Raises `InputError` if method, bits and ranks do not fit together."
     if method not in QUANTIZATION: raise InputError("method", f"unknown method '{method}'", f"choose from: {', '.join(QUANTIZATION)}")
-    _check_bits(model, method)
     if temporal is not None: gate = "rank" if temporal == "gate" else temporal
+    _check_gate(method, gate)
+    _check_bits(model, method)
     if method in ("frozen", "full"): return model.requires_grad_(method == "full")
     if gate != "none": (entrance if gate == "input" else family_of)(model)        # no map from frames to tokens: an error before anything is changed
     ranks = ranks or {m: 8 for m in linears(model)}
@@ -114,6 +121,10 @@ def matching_size(
     return 1 + round((budget - one)/(two - one))
 
 # %% ../nbs/08d_adapters.ipynb #a1c7a7eb
+def _ours(kind:str) -> str:
+    "A `peft_type` at which plain peft stops, instead of reading what it would get wrong."
+    return f"{kind}, which mmqlora.load loads"
+
 def save_adapter(model, folder):
     "Write adapter_model.safetensors and adapter_config.json. After full fine-tuning that is the whole model."
     settings, folder = getattr(model, "adapter_settings", None), Path(folder)
@@ -121,8 +132,10 @@ def save_adapter(model, folder):
         if not any(p.requires_grad for p in model.parameters()): raise InputError("save_adapter", "a frozen model has nothing to save")
         model.save_pretrained(folder)
         bits, path = getattr(model, "planned_bits", None), folder/"adapter_config.json"
-        return write_json(path, read_json(path) | {"bits": bits}) if bits and path.is_file() else None      # of the joint allocation
-    write_json(folder/"adapter_config.json", settings)
+        if not bits or not path.is_file(): return
+        own = {} if takes_signals(model) else {"peft_type": _ours("JOINT")}            # a gated adapter has a type of its own already
+        return write_json(path, read_json(path) | {"bits": bits} | own)                # of the joint allocation
+    write_json(folder/"adapter_config.json", settings | {"peft_type": _ours(settings["method"].upper())})
     tensors = {n: p.detach().contiguous() for n, p in adapter_tensors(model).items()}
     with atomic_path(folder/"adapter_model.safetensors") as tmp: save_file(tensors, tmp)
 
@@ -131,7 +144,7 @@ def load_adapter(model:nn.Module, folder, trainable:bool=False):
     stored = read_json(Path(folder)/"adapter_config.json")
     if bits := stored.get("bits"): apply_bits(model, bits)                # a base in full precision, or an `InputError`
     if "method" in stored: return _load_ours(model, Path(folder), stored).train(trainable)
-    config_class = TemporalLoraConfig if "gate" in stored else PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]
+    config_class = TemporalLoraConfig if "gate" in stored else peft.LoraConfig if stored["peft_type"] == _ours("JOINT") else PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
     adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
@@ -148,7 +161,7 @@ def _load_gated(model, folder, config, trainable:bool):
     return model
 
 def _load_ours(model, folder, settings):
-    adapted, tensors = adapt(model, **settings), load_file(folder/"adapter_model.safetensors")
+    adapted, tensors = adapt(model, **{k: v for k, v in settings.items() if k != "peft_type"}), load_file(folder/"adapter_model.safetensors")
     here = adapter_tensors(adapted)
     if {n: p.shape for n, p in here.items()} != {n: t.shape for n, t in tensors.items()}:
         raise InputError(folder, "holds an adapter of another model", "load the base it was trained on")

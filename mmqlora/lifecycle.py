@@ -41,6 +41,7 @@ def _merge_layer(layer) -> tuple[float, float]:
 def merge(model) -> tuple[nn.Module, float]:
     "The base with the active adapters merged into it, and the error this causes, as a share of the update's norm. Raises `InputError` for gates that depend on the input."
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    if not any(a in m.lora_A for m in layers for a in m.active_adapters): raise InputError("merge", "no LoRA adapter is active in this model", "give a PeftModel with one, or `set_adapter`")
     for layer in layers:                                               # refuse before anything is changed
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A: _delta(layer, adapter)
@@ -51,6 +52,9 @@ def merge(model) -> tuple[nn.Module, float]:
 # %% ../nbs/08e_lifecycle.ipynb #3c351b00
 def export(model, folder, adapter:str="default") -> Path:
     "Write `adapter` as a plain LoRA adapter into `folder`. Raises `InputError` if its gates depend on the input."
+    kind = getattr(getattr(model, "peft_config", {}).get(adapter), "peft_type", None)
+    if kind is None: raise InputError(f"adapter '{adapter}'", "is not there", f"this model has {', '.join(getattr(model, 'peft_config', {})) or 'none of peft'}")
+    if kind != "LORA": raise InputError(f"adapter '{adapter}'", f"is {getattr(kind, 'value', kind)}, not LoRA", "save_adapter keeps it; plain peft loads (IA)3 from there as it is")
     if (state := model.get_base_model().__dict__.get("_frame_state")) is not None: state.refuse_merge([adapter])
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Gated) and isinstance(m.lora_variant.get(adapter), GateVariant)}
     gates = {n: static_gate(m, adapter) for n, m in layers.items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'NO_TOWER', 'THINKERS', 'small_config', 'new_model', 'modality_map', 'modality_of', 'tower_pattern',
-           'linears', 'quantization_config', 'same_precision', 'from_pretrained', 'processor', 'mixed_precision',
-           'load_model', 'save_model', 'bits_of']
+           'in_towers', 'linears', 'quantization_config', 'same_precision', 'from_pretrained', 'processor',
+           'mixed_precision', 'load_model', 'save_model', 'bits_of']
 
 # %% ../nbs/07_model.ipynb #5a2112e8
 import os
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, LlamaConfig,
                           SmolVLMConfig, SmolVLMForConditionalGeneration)
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.pytorch_utils import Conv1D
 
 from .core import InputError
 
@@ -104,24 +105,29 @@ def _check_found(family:str, found:dict):
     if empty := [m for m, modules in found.items() if not modules]:
         raise InputError(f"model family '{family}'", f"no linears found for {empty}", "correct its map in MODALITIES")
     owner = {}
-    for name, module in ((n, m) for modules in found.values() for n, m in modules.items()):
+    for name, module in ((n, getattr(m, "base_layer", m)) for modules in found.values() for n, m in modules.items()):
+        if isinstance(module, Conv1D): raise InputError(f"model family '{family}'", f"'{name}' is a Conv1D, which no adapter here reaches", "declare it in NO_TOWER")
         if (first := owner.setdefault(id(module.weight), name)) != name:
             raise InputError(f"model family '{family}'", f"'{first}' and '{name}' share one weight", "declare one of them in NO_TOWER")
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise InputError(f"model family '{family}'", f"'{name}' lies in nn.MultiheadAttention, which would ignore an adapter", "declare it in NO_TOWER")
 
 # %% ../nbs/07_model.ipynb #2da57b86
-def linears(model:nn.Module) -> dict[str, dict[str, nn.Linear]]:
-    "Modality -> {module name: linear}; output head and declared exceptions left out. Raises `InputError` where map and model disagree."
+def in_towers(model:nn.Module, modules:dict) -> dict[str, dict]:
+    "Modality -> {name: module} of linears, or adapters around one; output head and declared exceptions left out. Raises `InputError` where map and model disagree."
     found, heads = {m: {} for m in modality_map(model)}, _heads(model)
     skipped = NO_TOWER.get(model.config.model_type, ())
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or name.startswith(skipped) or name in heads: continue
+    for name, module in modules.items():
+        if name.startswith(skipped) or name in heads: continue
         modality = modality_of(model, name)
         if modality is None: _check_linear(model, name, heads)
         else: found[modality][name] = module
     _check_found(model.config.model_type, found)
     return found
+
+def linears(model:nn.Module) -> dict[str, dict[str, nn.Linear]]:
+    "Modality -> {module name: linear}, as `in_towers` sorts them."
+    return in_towers(model, {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))})
 
 # %% ../nbs/07_model.ipynb #adcae75c
 def quantization_config(quantization:str, dtype=torch.float32, skip=("lm_head",)) -> BitsAndBytesConfig | None:

@@ -77,15 +77,8 @@ class Layout:
 
     def visual(self, times:int):
         "The visual tokens in order, each clip `times` times."
-        if ("visual", times) not in self.cache: self.cache["visual", times] = self._visual(times)
+        if ("visual", times) not in self.cache: self.cache["visual", times] = _visual(self, times)
         return self.cache["visual", times]
-
-    def _visual(self, times:int):
-        tower, clips = self.tower, len(self.frames)
-        if self.family.packs:
-            if len(tower["grids"]) != clips*times: _times(len(tower["grids"]), clips, "clips")
-            if len(tower["grids"]) == clips: tower = tower | {k: [v for v in tower[k] for _ in range(times)] for k in ("grids", "merge") if tower[k]}
-        return self.family.visual(self.config, tower, [n for n in self.frames for _ in range(times)])
 
     def units(self, times:int) -> torch.Tensor:
         "Features of the units, each clip `times` times: (units + 1, F), the last for text."
@@ -130,6 +123,13 @@ def token_units(layout:Layout) -> tuple[torch.Tensor, int]:
     return layout.cache["ids"]
 
 # %% ../nbs/08_temporal.ipynb #cb14962d
+def _visual(layout:Layout, times:int):
+    tower, clips = layout.tower, len(layout.frames)
+    if layout.family.packs:
+        if len(tower["grids"]) != clips*times: _times(len(tower["grids"]), clips, "clips")
+        if len(tower["grids"]) == clips: tower = tower | {k: [v for v in tower[k] for _ in range(times)] for k in ("grids", "merge") if tower[k]}
+    return layout.family.visual(layout.config, tower, [n for n in layout.frames for _ in range(times)])
+
 def _no_token(layout:Layout) -> bool:
     "Whether a forward pass has no visual token. Raises `InputError` where that cannot be known."
     if layout.blind: raise InputError("input_ids", "there are none beside inputs_embeds and pixels, so no gate could find its visual tokens", "give input_ids")
@@ -338,9 +338,7 @@ class GateVariant(LoraVariant):
     def __init__(self, config): self.kind, self.signals, self.slope = config.gate, config.signals, config.gradient_slope
 
     @property
-    def sees(self) -> tuple[int, bool]:
-        "Its signals, and whether it sees the place in the clip."
-        return self.signals, self.kind == "time"
+    def sees(self) -> tuple[int, bool]: return self.signals, self.kind == "time"        # how many signals; whether also the place in the clip
 
     @property
     def width(self) -> int: return 1 + self.signals + (WAVES if self.kind == "time" else 0)

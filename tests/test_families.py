@@ -130,6 +130,49 @@ def test_wrong_signals_are_an_error_that_names_them(family):
     with pytest.raises(InputError, match="call set_frame_signals"): model(**batch)
 
 
+def test_audit_refuses_an_adapter_that_no_row_would_show_and_one_on_nothing():
+    for targets in (["lm_head"], ["lm_head", "q_proj"]):
+        model = peft.get_peft_model(tiny_models.build("internvl"), peft.LoraConfig(target_modules=targets))
+        with pytest.raises(InputError, match="'lm_head' has an adapter and belongs to no tower"): audit(model)
+    model = peft.get_peft_model(tiny_models.build("video_llava"), peft.LoraConfig(target_modules=r".*image_tower.*\.q_proj"))
+    with pytest.raises(InputError, match="has an adapter and belongs to no tower"): audit(model)
+    model = adapted(tiny_models.build("internvl"), "none")
+    model.delete_adapter("default")
+    with pytest.raises(InputError, match="not one linear has an adapter"): audit(model)
+
+
+def test_audit_refuses_a_base_that_adapt_refuses(folder):
+    model = adapted(tiny_models.build("smolvlm"), "none", {"text": 2})
+    base = model.get_base_model().model
+    for one, two in ((base.vision_model.encoder.layers[0].mlp, base.vision_model.encoder.layers[1].mlp), (base.text_model.layers[0].mlp, base.text_model.layers[1].mlp)):
+        kept = getattr(two, fc := "fc1" if hasattr(two, "fc1") else "up_proj")
+        own, shared = getattr(kept, "base_layer", kept), getattr(one, fc)
+        weight, own.weight = own.weight, getattr(shared, "base_layer", shared).weight
+        with pytest.raises(InputError, match="share one weight"): audit(model)
+        own.weight = weight
+    audit(model)
+    model.config.model_type = "stranger"
+    with pytest.raises(InputError, match=r"declare MODALITIES\['stranger'\]"): audit(model)
+
+
+def test_audit_and_linears_see_a_conv1d():
+    from transformers.pytorch_utils import Conv1D
+    model = adapted(tiny_models.build("smolvlm"), "none", {"text": 2})
+    model.get_base_model().model.text_model.layers[0].mlp.extra = Conv1D(8, 64)
+    with pytest.raises(InputError, match="is a Conv1D, which no adapter here reaches"): audit(model)
+    with pytest.raises(InputError, match="is a Conv1D, which no adapter here reaches"): linears(model.unload())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_audit_refuses_a_modality_that_is_quantized_in_part_unless_it_was_planned(folder, quantization):
+    base = from_pretrained(folder("smolvlm"), quantization, device="cpu")
+    base.model.text_model.layers[1].mlp.up_proj = nn.Linear(64, 64, bias=False)
+    model = adapted(base, "none")
+    with pytest.raises(InputError, match="audit: text: linears of .*/32 bits, e.g. model.text_model.layers.1.mlp.up_proj of 32"): audit(model)
+    base.planned_bits = {}
+    assert audit(model).set_index("modality")["bits"]["text"].endswith("/32")
+
+
 def test_unknown_family_raises_with_what_to_declare():
     from transformers import Blip2Config, Blip2ForConditionalGeneration
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

@@ -160,6 +160,48 @@ def test_plain_peft_refuses_a_gated_adapter_and_loads_an_exported_one(folders, t
     assert torch.equal(theirs["gradient"], expected["gradient"]) and torch.allclose(theirs["rank"], expected["rank"], atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["bottleneck", "prefix"])
+def test_plain_peft_stops_at_what_only_mmqlora_loads(folders, method, tmp_path):
+    model = mmqlora.adapt(base(folders), method, {"text": 1})
+    mmqlora.save_adapter(model, tmp_path)
+    with pytest.raises(KeyError, match=f"{method.upper()}, which mmqlora.load loads"): PeftModel.from_pretrained(base(folders), str(tmp_path))
+    mmqlora.load_adapter(base(folders), tmp_path)
+
+
+def test_a_joint_adapter_loads_here_and_stops_plain_peft(folders, tmp_path):
+    from mmqlora.joint import apply_bits
+    name = next(iter(linears(base(folders))["text"]))
+    model = mmqlora.adapt(apply_bits(base(folders), {name: "int8"}), "qlora", {"text": 2})
+    mmqlora.save_adapter(fill(model), tmp_path)
+    with pytest.raises(KeyError, match="JOINT, which mmqlora.load loads"): PeftModel.from_pretrained(base(folders), str(tmp_path))
+    again = mmqlora.load_adapter(base(folders), tmp_path)
+    assert torch.equal(logits(again.train()), logits(model.train()))
+
+
+def test_what_cannot_be_merged_or_exported_says_why(folders, tmp_path):
+    ia3 = mmqlora.adapt(base(folders), "ia3", {"text": 1})
+    with pytest.raises(InputError, match="is IA3, not LoRA"): export(ia3, tmp_path)
+    for model in (ia3, base(folders)):
+        with pytest.raises(InputError, match="no LoRA adapter is active"): merge(model)
+    with pytest.raises(InputError, match="adapter 'none': is not there"): export(adapted(base(folders), "none"), tmp_path, "none")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["full", "frozen", "prefix", "bottleneck", "ia3", "dora"])
+def test_a_gate_that_a_method_has_not_is_refused(folders, method):
+    for gate, message in (("rank", f"{method} has no temporal gate"), ("wind", "unknown gate 'wind'")):
+        for how in ("gate", "temporal"):
+            with pytest.raises(InputError, match=message): mmqlora.adapt(base(folders), method, **{how: gate})
+
+
+@pytest.mark.parametrize("rank,message", [(-1, "-1 is no rank"), (2.5, "2.5 is no rank"), ("8", "'8' is no rank"), (True, "True is no rank"), (10**6, "more than any")])
+def test_a_rank_that_is_none_is_refused(folders, rank, message):
+    for key in ("text", next(iter(linears(base(folders))["text"]))):
+        with pytest.raises(InputError, match=message): mmqlora.adapt(base(folders), "lora", {key: rank})
+    if rank != 10**6:
+        with pytest.raises(InputError, match=message): mmqlora.adapt(base(folders), "bottleneck", {"text": rank})
+
+
 def test_disabling_and_unloading_give_the_base_to_the_bit(folders):
     plain = base(folders, quantization="nf4")
     before = logits(plain)
