@@ -95,7 +95,9 @@ def _check_adapted(model, found:dict):
             odd = max(bits, key=bits.get)
             raise InputError(f"audit: {modality}", f"linears of {'/'.join(map(str, sorted(set(bits.values()))))} bits, e.g. {odd} of {bits[odd]}", "quantize all, or none, of a modality")
 
-def _base(model): return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _base(model):
+    if not hasattr(model, "get_base_model"): return model
+    return model.get_base_model() if model.peft_config else model.base_model.model        # peft asks the active adapter, and all may be deleted
 
 def audit_modules(model) -> pd.DataFrame:
     "One row per linear of a tower: modality, module, bits, rank (0: none), trainable parameters, bytes of base and adapter."

@@ -227,8 +227,8 @@ def test_a_joint_adapter_loaded_again_restores_the_bits_of_every_module(training
     clips, captions = training
     assert torch.equal(score_captions(again, tokenizer, clips, captions), score_captions(model, tokenizer, clips, captions))
     with pytest.raises(InputError, match="quantized already.*quantization='none'"): load_adapter(load_model(BASE, "nf4", device="cpu")[0], tmp_path)
-    if gate == "none":                                                    # plain peft says what it does not understand
-        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['bits'\]"): peft.PeftConfig.from_pretrained(tmp_path)
+    if gate == "none":                                                    # plain peft refuses what it does not understand
+        with pytest.raises(KeyError, match="JOINT, which mmqlora.load loads"): peft.PeftConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("gate", ["none", "rank"])
