@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STANDARD', 'dense', 'Lin', 'Group', 'project', 'raised', 'lora_grad', 'gated', 'project_grad', 'fused', 'rms_norm',
-           'rms_norm_grad', 'swiglu', 'swiglu_grad', 'rope', 'weighed', 'weighed_left', 'up_left', 'Spans', 'spans_of',
-           'attend', 'attend_grad', 'Stash', 'Offload', 'Plan', 'Half', 'gate_columns', 'Gates', 'gates_of',
+           'rms_norm_grad', 'swiglu', 'swiglu_grad', 'rope', 'weighed', 'weighed_left', 'up_left', 'left_over', 'Spans',
+           'spans_of', 'attend', 'attend_grad', 'Stash', 'Offload', 'Plan', 'Half', 'gate_columns', 'Gates', 'gates_of',
            'gate_logits', 'Gradients', 'Mlp', 'Attention', 'HalfFunction', 'Buffers', 'Graph', 'Again', 'Imagined',
            'recorded', 'NormFunction', 'Unfit', 'read_linear', 'read_norm', 'read_layer', 'run_layer', 'fuse_layer',
            'fuse_norm']
@@ -101,9 +101,10 @@ def lora_grad(dys, x, group:Group, low, up) -> list:
 def gated(low, up, group:Group, gate=None, before:bool=False) -> tuple:
     "(low, up) times the gate (width or 1, N); `before`: a learned gate has weighed `low` already. Learned gates are overwritten, see `weighed_left`."
     if gate is None: return low, up
-    formula = weighed if not group.learned else up_left if before else weighed_left
-    out = (formula if group.plan is None or group.plan.record else formula.formula)(low, up, gate)
-    return (low, out) if formula is up_left else out
+    one_by_one = group.plan is not None and not group.plan.record
+    if not group.learned: return (weighed.formula if one_by_one else weighed)(low, up, gate)
+    if one_by_one: return left_over(low if before else low.mul_(gate), up, gate)
+    return (low, up_left(low, up, gate)) if before else weighed_left(low, up, gate)
 
 def project_grad(dys, x, group:Group, w=None, low=None, gate=None) -> tuple:
     "(dx, [dA, dB of each linear]) of `project`; `low` as it came from there, or None."
@@ -180,6 +181,12 @@ def up_left(low, up, gate):
     up_weighed = up*gate
     gate.copy_(low*up)
     return up_weighed
+
+def left_over(low, up, gate) -> tuple:
+    "(low, up times the gate) of a `low` that the gate has weighed; the gate is overwritten as in `weighed_left`: two calls."
+    up_weighed = up*gate
+    torch.mul(low, up, out=gate)
+    return low, up_weighed
 
 # %% ../nbs/09b_blocks.ipynb #89e57fe6
 @dataclass(eq=False)
