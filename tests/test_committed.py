@@ -47,6 +47,7 @@ def test_there_are_records_of_both_tiers(): assert {p.parent.name for p in FILES
 
 @pytest.fixture
 def folder(tmp_path_factory):
+    (ROOT/"artifacts").mkdir(exist_ok=True)                                 # a clean clone has none
     made = tempfile.mkdtemp(dir=ROOT/"artifacts", prefix=".test-")
     yield made
     shutil.rmtree(made)
