@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from .config import Selector
 from .core import InputError, atomic_path
 from .errors import KINDS
-from .leases import floor_ms, latest, measured, pairs
+from .leases import floor_ms, is_step, latest, pairs
 from .scaling import ScalingFit, flatness, pareto_front
 
 # %% ../nbs/14_figures.ipynb #f05ed695
@@ -330,7 +330,7 @@ WAY_NAMES = dict(stock="stock", stock_labels="stock, logits at labels", ours="ou
 
 def step_cells(cells:dict, model:str|None=BIG) -> list[dict]:
     "Measured steps of `model` (None: of all) at the default rank, each way as the last lease found it, in the order of the record."
-    return [c for c in latest(cells).values() if c["kind"] in ("step", "repeat") and model in (None, c["model"]) and measured(c) and not c.get("cached") and c.get("rank", 16) == 16]
+    return [c for c in latest(cells).values() if is_step(c, model)]
 
 @drawn
 def efficiency_figure(cells:dict) -> Figure:

@@ -42,7 +42,7 @@ from .figures import (BASELINES, BASIC, BIG, FEW, FEWEST, GATES, MEASURES, METHO
                              differing, efficiency_figure, gates_figure, kib, laws_figure, levers_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import FIRST, KINDS, error_counts, first_errors
-from .leases import latest, pairs
+from .leases import is_step, latest, pairs
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
 from .statistics import cohens_d, over_seeds, seeded_contrast
@@ -1183,7 +1183,7 @@ STEP_TARGETS = {32: (6, .4), 64: (7.5, .8), 128: (10, 1.5), 512: (24, None)}    
 def _step_rows(e:Evidence, frames:int, limits:tuple) -> list[tuple]:
     "Rows of the way of `LEAN` that comes nearest to both limits, in whichever lease, with its card; reserved: with what the allocator holds beside it."
     def sizes(c): return c["peak_bytes"]/2**30, c["step_ms"]/1000
-    cells = [c for each in e.efficiency["cells"].items() for c in step_cells(dict([each])) if c["frames"] == frames and c["way"] in LEAN]
+    cells = [c for c in e.efficiency["cells"].values() if is_step(c, BIG) and c["frames"] == frames and c["way"] in LEAN]
     best = min(cells, key=lambda c: max(v/most for v, most in zip(sizes(c), limits) if most), default=None)
     peak, seconds = sizes(best) if best else (None, None)
     name, held = f"{frames} frames, {run_name(best['way'])}, {(best.get('gpu') or 'no card').split()[1]}: " if best else f"{frames} frames: ", best and best.get("reserved_bytes")

@@ -75,7 +75,8 @@ def collect(params, args):
 
 def bench(params, args):
     "Gates with CUDA graphs, then the targets of the low-memory step, until the deadline."
-    from mmqlora.overhead import gate_cells, lease, target_cells
+    from mmqlora.benchmark import target_cells
+    from mmqlora.overhead import gate_cells, lease
     lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=gate_cells()[:3] + target_cells())
 
 
