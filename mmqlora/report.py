@@ -1319,8 +1319,8 @@ def fresh_folder(path):
         shutil.rmtree(work)
 
 def macros_tex(values:dict) -> str:
-    "The lines of macros.tex."
-    return "".join(f"\\defval{{{k}}}{{{v}}}\n" for k, v in values.items())
+    "The lines of macros.tex, by name: equal values give equal files."
+    return "".join(f"\\defval{{{k}}}{{{v}}}\n" for k, v in sorted(values.items()))
 
 # %% ../nbs/14a_report.ipynb #3aed551e
 def write_report(tier:str, out="paper/generated") -> Path:
