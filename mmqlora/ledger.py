@@ -228,7 +228,8 @@ def expected_peak(loss, model, batch:dict) -> int:
         narrow = sum(p.numel() for p in trained if p.dtype != torch.float32)              # these have fp32 masters
         state = torch.empty(8*sum(p.numel() for p in trained) + 4*narrow, dtype=torch.uint8, device="meta")
         c.hold([*held(model), state, *(inputs := [_shape_of(v) for v in batch.values()])], [m.weight for m in model.modules() if in_host(m)])
-        loss(batch).backward()                                         # its values stay real: families read masks and grids from them
+        here = {k: v.cpu() if torch.is_tensor(v) else v for k, v in batch.items()}        # its values stay real: families read masks and grids from them
+        loss(here).backward()                                          # and all in one place, as nothing moves to an imagined GPU
         peak = max(c.peak, c.now + step_bytes(narrow))
         for p in trained: p.grad = None
     return peak

@@ -65,7 +65,7 @@ def runs(params, args):
 def collect(params, args):
     from mmqlora.tier import collect as records_of, tune_record
     made, missing = records_of(rated(params))
-    for run, record in made.items(): write_json(repo_path("results/gpu", f"{run}.json"), record)
+    for run, record in made.items(): write_json(repo_path(args.into, f"{run}.json"), record)
     scores = {run: record["metrics"]["test.exact"] for run, record in made.items()}
     for run, m in scores.items(): print(f"{run:24} exact {m['value']:.3f}", [round(s, 3) for s in m["seeds"]])
     print("not complete:", *missing)
@@ -124,6 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds since 1970")
     parser.add_argument("--workers", type=int, help="processes (tune, runs: per GPU)")
     parser.add_argument("--only", nargs="+", help="runs, sizes (default: all of params.yaml), or ways of bench")
+    parser.add_argument("--into", default="results/gpu", metavar="FOLDER", help="where collect writes (results/gpu-second: another lease)")
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""))
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     args = parser.parse_args()

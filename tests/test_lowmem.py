@@ -353,6 +353,19 @@ def small_run(tmp_path_factory):
     return trainer
 
 
+def test_a_step_is_imagined_with_its_batch_in_one_place(small_run):
+    class Far(torch.Tensor):                                                       # stands for a tensor on a GPU
+        def cpu(self): return self.as_subclass(torch.Tensor)
+    trainer = small_run(gate="rank", signals="energy")
+    batch, seen = trainer.batch(0), []
+    def loss(given):
+        seen.extend(type(v) for v in given.values())
+        return trainer.loss(given)
+    far = {k: v.as_subclass(Far) for k, v in batch.items()}
+    assert expected_peak(loss, trainer.model.train(), far) == expected_peak(trainer.loss, trainer.model, batch)
+    assert set(seen) == {torch.Tensor}
+
+
 @pytest.mark.parametrize("gate", ["none", "rank"])
 def test_our_trainer_trains_a_model_after_low_memory_as_before(small_run, gate):
     plain, ours = fit(small_run(gate=gate)), fit(small_run(low_memory, gate=gate))
