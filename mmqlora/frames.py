@@ -49,6 +49,7 @@ def _left(full:np.ndarray, so_far:np.ndarray, spare:np.ndarray) -> np.ndarray:
     left = np.subtract(full, so_far, out=spare[:len(so_far) if so_far.ndim > 1 else len(full)])
     return np.maximum(left, 0, out=left)
 
+# %% ../nbs/05_frames.ipynb #8286covr
 def _covered(signal:np.ndarray, k:int, floor:float, reach:float):
     "Yields (frame, gain), greatest gain first; k frames in all. A choice changes the gains around it only, so time does not grow with k * n."
     n, radius, add = len(signal), int(np.ceil(reach)) - 1, np.add.reduce

@@ -109,6 +109,7 @@ class _Scaler:
         frames = self.block[:self.end].reshape(-1, self.size, self.size, 3)
         return np.ascontiguousarray(np.rot90(frames, self.turn, (1, 2))) if self.turn else frames
 
+# %% ../nbs/03_video.ipynb #d93clock
 def _clock(stream):
     "A function from the timestamps of a stream's frames, in order, to seconds since its start; frames without one (None) are spaced by the frame rate."
     step, time = 1/float(stream.average_rate or 25), None
