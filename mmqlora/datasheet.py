@@ -30,6 +30,15 @@ def _table(head:list[str], rows) -> str:
     lines = [head, ["---"]*len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in lines)
 
+# %% ../nbs/02bb_datasheet.ipynb #0bb5rows
+def _told_again(records:list[ClipRecord]):
+    "split, captions in all languages, and per split how many (share) are told there too, word for word; of the split itself: told more than once."
+    told = {}
+    for r in records: told.setdefault(r.split, Counter()).update((code, caption) for code, captions in r.captions.items() for caption in captions)
+    for name, here in told.items():
+        again = [sum(n for caption, n in here.items() if there[caption] > (there is here)) for there in told.values()]
+        yield [name, here.total(), *(f"{n} ({_share(n, here.total())})" for n in again)]
+
 # %% ../nbs/02bb_datasheet.ipynb #e795753d
 def _language_row(code:str, records:list[ClipRecord]) -> list:
     words = Counter(w for r in records for c in r.captions.get(code, []) for w in c.split())
@@ -46,13 +55,14 @@ def _question_rows(records:list[ClipRecord]):
         yield [kind, found.total(), len(found), f"{common} ({n/found.total():.3f})"]
 
 def tables(records:list[ClipRecord], root) -> dict[str, str]:
-    "The tables of a datasheet: splits, languages, questions, instructions, corruptions."
+    "The tables of a datasheet: splits, languages, captions told again, questions, instructions, corruptions."
     splits, codes = list(dict.fromkeys(r.split for r in records)), list(dict.fromkeys(c for r in records for c in r.captions))
     told, damage = Counter(i.kind for r in records for i in r.instructions), Counter(r.truth.get("corruption") for r in records)
     return dict(
         splits=_table(["split", "clips", "galleries", "MB", "events", "transient", "silent", "with a heard sound", "with a cut"],
                       [_split_row(s, [r for r in records if r.split == s], root) for s in splits]),
         languages=_table(["code", "language", "captions", "different", "words", "words a caption"], [_language_row(c, records) for c in codes]),
+        again=_table(["captions of", "number", *(f"told in {s}" for s in splits)], _told_again(records)),
         questions=_table(["kind", "questions", "different answers", "commonest answer"], _question_rows(records)),
         instructions=_table(["kind", "instructions"], sorted(told.items())),
         corruptions=_table(["corruption", "clips"], sorted((c or "none", n) for c, n in damage.items())))
@@ -79,6 +89,11 @@ no people, no personal data, nothing offensive. Every clip is labelled; the Engl
 Galleries are groups of eight clips whose captions use the same words (two quartets). Captions:
 
 {languages}
+
+Videos, scripts and random streams differ between splits, but the grammar is finite: the same words may tell two clips. Captions (of all
+languages) that are told in another split too, word for word, or in their own more than once:
+
+{again}
 
 Questions; the last column is what guessing would reach:
 

@@ -92,6 +92,7 @@ def decode_costs(path, size:int=32, repeats:int=5, k:int=8, least:float=0.) -> d
     with av.open(str(path)) as c: width, height = c.streams.video[0].width, c.streams.video[0].height
     return dict(frames=len(clip.times), width=width, height=height, seconds={w: round(v, 5) for w, v in seconds.items()}, **ratios,
                 most_of_bare=seconds["bare"]/seconds["area"], selecting_of_decoding={s: _share(seconds, s) for s in selecting},
+                selecting_of_bare={s: seconds[s]/seconds["bare"] for s in selecting},
                 **{f"{w}_of_decoding": _share(seconds, w) for w in ("signals", "flow", "all_signals", "read_audio")})
 
 # %% ../nbs/06b_decoding.ipynb #45a99982

@@ -8,7 +8,6 @@ __all__ = ['SELECTORS', 'along', 'cover', 'gains_of', 'shared_budget', 'adaptive
 
 # %% ../nbs/05_frames.ipynb #4a323e6f
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from .core import InputError, rng_for
 
@@ -41,20 +40,32 @@ def _pieces(start:int, end:int, rows:int=256) -> list[slice]:
     "[start, end) in pieces that fit the processor's cache."
     return [slice(i, min(i + rows, end)) for i in range(start, end, rows)]
 
+def _windows(x:np.ndarray, width:int) -> np.ndarray:
+    "(n + width - 1,) -> (n, width), not copied: `sliding_window_view`, whose checks take as long as ten sums."
+    return np.ndarray((len(x) - width + 1, width), x.dtype, x, strides=x.strides*2)
+
+def _left(full:np.ndarray, so_far:np.ndarray, spare:np.ndarray) -> np.ndarray:
+    "What of `full` is not explained `so_far`, at least 0, written to `spare`."
+    left = np.subtract(full, so_far, out=spare[:len(so_far) if so_far.ndim > 1 else len(full)])
+    return np.maximum(left, 0, out=left)
+
+# %% ../nbs/05_frames.ipynb #8286covr
 def _covered(signal:np.ndarray, k:int, floor:float, reach:float):
     "Yields (frame, gain), greatest gain first; k frames in all. A choice changes the gains around it only, so time does not grow with k * n."
-    n, radius = len(signal), int(np.ceil(reach)) - 1
+    n, radius, add = len(signal), int(np.ceil(reach)) - 1, np.add.reduce
     mass, local = np.zeros(n + 2*radius), np.zeros(n + 2*radius)               # local: how far each instant is explained so far
     mass[radius:n + radius] = signal.astype(np.float64)/(signal.sum(dtype=np.float64) or 1.)
-    windows, around = (sliding_window_view(x, 2*radius + 1) for x in (mass, local))          # (n, 2 radius + 1)
-    kernel = 1 - (np.arange(-radius, radius + 1)/reach)**2
-    cells = (np.arange(min(n, 64)) + .5)*n/min(n, 64) - .5
+    windows, around = (_windows(x, 2*radius + 1) for x in (mass, local))       # (n, 2 radius + 1)
+    kernel, cells = 1 - (np.arange(-radius, radius + 1)/reach)**2, (np.arange(min(n, 64)) + .5)*n/min(n, 64) - .5
     spread = np.maximum(1 - abs(np.arange(n)[:, None] - cells)*k/n, 0)         # (n, cells)
     explains, evens, even, taken = np.empty(n), np.empty(n), np.zeros(len(cells)), []
+    spare, spares = np.empty((min(n, 256), 2*radius + 1)), np.empty((min(n, 256), len(cells)))
     near = far = (0, n)
     for _ in range(k):
-        for part in _pieces(*near): explains[part] = (windows[part]*np.maximum(kernel - around[part], 0)).sum(1)
-        for part in _pieces(*far): evens[part] = np.maximum(spread[part] - even, 0).sum(1)
+        for part in _pieces(*near):
+            left = _left(kernel, around[part], spare)
+            add(np.multiply(windows[part], left, out=left), 1, out=explains[part])
+        for part in _pieces(*far): add(_left(spread[part], even, spares), 1, out=evens[part])
         gain = (1 - floor)*explains + floor*(evens/len(cells))
         gain[taken] = -1
         j = int(gain.argmax())
@@ -110,9 +121,11 @@ def by_scene(cuts:np.ndarray, # (C,) first frames of new scenes
     _check(np.zeros(n), k)
     edges = np.unique(np.concatenate([[0], np.asarray(cuts, int), [n]]))
     length, given = np.diff(edges), np.zeros(len(edges) - 1, int)
+    claim = (length + n).astype(float)
     for _ in range(k):
-        claim = np.where(given == 0, length + n, length/(given + 1))
-        given[np.where(given < length, claim, -1).argmax()] += 1
+        i = claim.argmax()
+        given[i] += 1
+        claim[i] = length[i]/(given[i] + 1) if given[i] < length[i] else -1
     return np.concatenate([e + along(np.zeros(m), g) for e, m, g in zip(edges, length, given) if g])
 
 # %% ../nbs/05_frames.ipynb #3c509725

@@ -139,7 +139,9 @@ def _centre(mass:np.ndarray) -> tuple:
 
 def _flow(change:np.ndarray, noise:float) -> np.ndarray:
     "(T, H, W) change of brightness -> (T, 7), as `change_flow`."
-    (to, fro), (gained, lost) = _centre(np.maximum(np.stack([change, -change]) - noise, 0))
+    mass = np.stack([change, -change])                                      # in place from here on: new memory costs as much as the sums
+    mass -= noise
+    (to, fro), (gained, lost) = _centre(np.maximum(mass, 0, out=mass))
     amount = np.log1p((gained + lost)/(.1*change[0].size))                 # weighs the step: the drift of mere noise is none
     step = (to - fro)*(amount*np.minimum(gained, lost)/np.maximum(gained, lost))[:, None]
     light = (gained - lost)/(gained + lost)*amount
@@ -202,17 +204,29 @@ def spatial_entropy(frames:np.ndarray, bins:int=32) -> np.ndarray:
     return _histogram_entropy(grey, bins).astype(np.float32)
 
 # %% ../nbs/04_signals.ipynb #8614c67b
-def _above(frames:np.ndarray, threshold:float, last=None) -> tuple:
-    "(indices of the frames that PySceneDetect scores `threshold` or more, the last frame as HSV); `last`: that of the frames before."
+def _above(frames:np.ndarray, threshold:float, hsv:np.ndarray) -> np.ndarray:
+    "Indices of the frames that PySceneDetect scores `threshold` or more. `hsv` (more than T, H * W, 3) begins with the frame before, and does so again afterwards."
     import cv2
     n, h, w, _ = frames.shape
-    hsv = cv2.cvtColor(np.ascontiguousarray(frames).reshape(n*h, w, 3), cv2.COLOR_RGB2HSV).reshape(n, h*w, 3)
-    change = cv2.absdiff(hsv, np.concatenate([hsv[:1] if last is None else last, hsv[:-1]]))
+    cv2.cvtColor(np.ascontiguousarray(frames).reshape(n*h, w, 3), cv2.COLOR_RGB2HSV, hsv[1:n + 1].reshape(n*h, w, 3))
+    change = cv2.absdiff(hsv[1:n + 1], hsv[:n])
+    hsv[0] = hsv[n]
     total = cv2.reduce(change.reshape(n, -1), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[:, 0]
     near = np.flatnonzero(total >= (threshold - 1e-6)*3*h*w)                  # few: rounded as PySceneDetect rounds, channel by channel
     mean = change[near].sum(1, dtype=np.int64)/(h*w)
-    return near[(mean[:, 0] + mean[:, 1] + mean[:, 2])/3 >= threshold], hsv[-1:]
+    return near[(mean[:, 0] + mean[:, 1] + mean[:, 2])/3 >= threshold]
 
+def _hits(frames:np.ndarray, threshold:float) -> np.ndarray:
+    "As `_above`, of all frames, piece by piece; the first one has not changed."
+    if not len(frames): return np.zeros(0, int)
+    import cv2
+    pixels = frames[0].size//3
+    piece = max(1, 2**16//max(1, pixels))                                     # pixels that OpenCV handles in one thread, and the cache holds
+    hsv = np.empty((min(piece, len(frames)) + 1, pixels, 3), np.uint8)
+    hsv[0] = cv2.cvtColor(np.ascontiguousarray(frames[0]), cv2.COLOR_RGB2HSV).reshape(pixels, 3)
+    return np.concatenate([_above(frames[i:i + piece], threshold, hsv) + i for i in range(0, len(frames), piece)])
+
+# %% ../nbs/04_signals.ipynb #8614cuts
 def scene_cuts(
     frames:np.ndarray,     # (T, H, W, 3) uint8 RGB
     fps:float=25.,         # Frames a second
@@ -222,12 +236,8 @@ def scene_cuts(
     "Where a new scene begins. Raises `InputError` where PySceneDetect or OpenCV is missing."
     try: from scenedetect import FrameTimecode; from scenedetect.detector import FlashFilter
     except ImportError as err: raise InputError("scene cuts", f"PySceneDetect cannot be imported ({err})", "pip install scenedetect opencv-python-headless") from None
-    fps, gap, hits, last = float(fps), max(1, round(shortest*fps)), [np.zeros(0, int)], None
-    piece = max(1, 2**16//max(1, frames[0].size//3)) if len(frames) else 1    # pixels that OpenCV handles in one thread, and the cache holds
-    for i in range(0, len(frames), piece):
-        found, last = _above(frames[i:i + piece], threshold, last)
-        hits.append(found + i)
-    above, flashes = np.concatenate(hits), FlashFilter(FlashFilter.Mode.MERGE, gap)
+    fps, gap = float(fps), max(1, round(shortest*fps))
+    above, flashes = _hits(frames, threshold), FlashFilter(FlashFilter.Mode.MERGE, gap)
     known, asked = {*above.tolist()}, np.unique(np.concatenate([[0], above, above + gap]))
     cuts = [c for i in asked[asked < len(frames)] for c in flashes.filter(FrameTimecode(int(i), fps), i in known)]
     return np.array(sorted({c.frame_num for c in cuts}), int)

