@@ -323,9 +323,9 @@ class Lease:
     def marks(self) -> dict: return dict(lease=self.name, diverged=sum(diverged(self.records[r]) for r in self.runs))
 
 def lease_of(metric:str, runs, records:dict, others:dict={}) -> Lease|None:
-    "This lease; where it lacks a run, or has a single seed of it, the first of the others that does not; None where none has them."
-    for name, found in dict(this=records, **others).items():
-        if _enough(found, metric, *runs): return Lease(name, found, tuple(runs))
+    "The first lease that has all runs, with two seeds or more and none that diverged; where all have lost some, the first that has them; None where none has."
+    found = [Lease(name, made, tuple(runs)) for name, made in dict(this=records, **others).items() if _enough(made, metric, *runs)]
+    if found: return next((lease for lease in found if not lease.marks["diverged"]), found[0])
     return Lease("this", records, tuple(runs)) if _has(records, metric, *runs) else None
 
 # %% ../nbs/14a_report.ipynb #552a2780
