@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from torch import nn
 from torch.nn import functional as F
 
-from .allocate import measure, rank_bytes
+from .allocate import check_reached, measure, rank_bytes
 from .core import InputError
 from .model import bits_of, linears
 from .ranks import module_ranks, storage_bytes
@@ -71,6 +71,7 @@ def output_error(model:nn.Module, batches, bits=BITS, rows:int=512) -> pd.DataFr
         raise InputError("output_error", "the model is quantized already", "load_model(..., quantization='none')")
     model.eval()
     table, seen = [], _inputs(model, batches, rows)
+    check_reached([n for ms in linears(model).values() for n in ms], seen)
     for modality, modules in linears(model).items():
         for name, linear in modules.items():
             x = seen[name]

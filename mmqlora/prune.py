@@ -40,7 +40,8 @@ def observe(slot:dict, w:nn.Parameter, beta:float):
     slot["uncertainty"].lerp_((now - slot["importance"]).abs(), 1 - beta)
 
 def direction_scores(state, layer) -> torch.Tensor:
-    "(r,) importance per byte: the mean of I U over a row of A and a column of B."
+    "(r,) importance per byte: the mean of I U over a row of A and a column of B. (1,) and 0 where no loss has reached the layer yet."
+    if any("importance" not in state.get(w, {}) for w in factors(layer)): return torch.zeros(1)
     a, b = (state[w]["importance"]*state[w]["uncertainty"] for w in factors(layer))
     return (a.sum(1) + b.sum(0))/(a.shape[1] + b.shape[0])
 
@@ -82,18 +83,25 @@ class Pruner:
 
     @torch.no_grad()
     def __call__(self, step:int):
-        for layer in self.layers.values(): [observe(self.state[w], w, self.beta) for w in factors(layer)]
+        for layer in self.layers.values(): [observe(self.state[w], w, self.beta) for w in factors(layer) if w.grad is not None]
         begin, end = int(BEGIN*self.steps), int(END*self.steps)
         due = step == end or begin <= step < end and (step - begin) % self.every == 0
         if due: self._choose(budget_at(step, self.steps, self.first, self.budget))
-        for _, b in map(factors, self.layers.values()) if due or step > end else []: b *= self.state[b]["mask"]
+        for layer in self.layers.values() if due or step > end else []: factors(layer)[1].mul_(self.mask(layer))
 
     def _choose(self, budget):
         kept = keep_best({n: direction_scores(self.state, m).tolist() for n, m in self.layers.items()}, self.cost, budget)
-        for name, (_, b) in zip(self.layers, map(factors, self.layers.values())): self.state[b]["mask"] = b.new_tensor(kept[name])
+        for name, (_, b) in zip(self.layers, map(factors, self.layers.values())):
+            if b in self.state: self.state[b]["mask"] = b.new_tensor(kept[name])
+
+    def mask(self, layer) -> torch.Tensor:
+        "(r,) 1 for the directions that stay; of a layer that no choice has been about yet, its best."
+        a, b = factors(layer)
+        if "mask" in (slot := self.state.get(b, {})): return slot["mask"]
+        return torch.zeros_like(a[:, 0]).index_fill(0, direction_scores(self.state, layer).argmax().to(a.device), 1.)
 
     def finish(self):
-        for layer in self.layers.values(): cut(layer, self.state[factors(layer)[1]]["mask"].bool())
+        for layer in self.layers.values(): cut(layer, self.mask(layer).bool())
         plain, config = {re.escape(n.removeprefix("base_model.model.")): m for n, m in self.layers.items()}, self.model.peft_config["default"]
         config.rank_pattern = {n: m.r["default"] for n, m in plain.items()}
         config.alpha_pattern = {n: m.lora_alpha["default"] for n, m in plain.items()}
