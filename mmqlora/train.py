@@ -285,17 +285,17 @@ def chosen_ranks(model, config:RunConfig, batches=()) -> dict:
     "The ranks that `config` asks for, allocated if it says so. The joint allocation also gives `model` its bits."
     budgeted = config.budget_rank or config.budget_bytes
     if config.method not in LOW_RANK or (config.allocation == "uniform" and not budgeted): return config.ranks
-    budget = budget_of(model, config.ranks, config.budget_rank, config.budget_bytes)
+    budget, gates = budget_of(model, config.ranks, config.budget_rank, config.budget_bytes), dict(gate=config.gate, signals=CHANNELS[config.signals])
     if "dora" in config.method: budget -= sum(4*model.get_submodule(n).out_features for n in module_ranks(model, config.ranks))   # magnitudes
     if config.allocation == "joint":
         if not batches: raise InputError("allocation joint", "needs calibration clips")
         if not config.budget_bytes: budget += sum(storage_bytes(requantized(m, "nf4")) for ms in linears(model).values() for m in ms.values())
-        found = plan(options_for(model, batches, config.ranks), budget)
+        found = plan(options_for(model, batches, config.ranks, **gates), budget)
         apply_bits(model, found.bits)
         return found.ranks
-    if config.allocation != "prune": return allocate(config.allocation, model, config.ranks, budget, batches)
+    if config.allocation != "prune": return allocate(model, config.allocation, config.ranks, budget, batches, **gates)
     model.prune_to = budget                                              # the trainer's pruner reads it
-    return allocate("uniform", model, config.ranks, int(START*budget))
+    return allocate(model, "uniform", config.ranks, int(START*budget), **gates)
 
 def chosen_sizes(model, config:RunConfig) -> dict:
     "Width and prefix length for `adapt`: of the configuration, or what its budget pays for."
