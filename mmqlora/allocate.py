@@ -162,6 +162,7 @@ def _by_measure(model, kind:str, ranks:dict, costs:dict, budget:int, batches) ->
     if kind == "entropy": return proportional(entropy_weights(model, spectra), costs, budget)
     return best_ranks(gains_of(spectra, kind), costs, budget, most=-(-SPREAD*budget//sum(costs.values())))
 
+# %% ../nbs/08c_allocate.ipynb #4684dc8b
 def allocate(
     model:nn.Module,     # A loaded base, before `adapt`
     kind:str,            # uniform, static, entropy, gradient or eva
