@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 __all__ = ['ROOMS']
 
 # %% ../nbs/15a_init.ipynb #c5f22c8a
-import importlib, logging, warnings
+import importlib, logging, sys, types, warnings
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)         # asks for an optional kernel from the hub at import
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)      # int8 says at every call that it casts to half
@@ -24,12 +24,13 @@ ROOMS = {
     "families": "declare_family Family",
     "temporal": "set_frame_signals wire_gates",
     "ranks": "audit",
+    "allocate": "allocate budget_of",
     "budget": "joint_plan joint_options",
     "joint": "front apply_bits",
     "adapters": "adapt save_adapter load_adapter",
     "prune": "Pruner",
     "lifecycle": "export merge",
-    "train": "Trainer build fit",
+    "train": "Trainer build fit parameter_groups",
     "lowmem": "low_memory FeatureCache",
     "steps": "MasterAdamW MicroBatches pack packed",
     "predict": "write_captions",
@@ -46,3 +47,10 @@ def __getattr__(name):
     return getattr(importlib.import_module(f"mmqlora.{_ROOM_OF[name]}"), name)
 
 def __dir__(): return sorted(__all__)
+
+class _Package(types.ModuleType):
+    "Where a room and what it offers share a name (`allocate`, `predict`), the name means the latter, whether the room is loaded or not."
+    def __setattr__(self, name, value):
+        if not (name in _ROOM_OF and isinstance(value, types.ModuleType)): super().__setattr__(name, value)
+
+sys.modules[__name__].__class__ = _Package

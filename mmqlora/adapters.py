@@ -47,7 +47,7 @@ def _check_bits(model, method:str):
         raise InputError(f"method {method}", "the model is quantized", "load_model(..., quantization='none'), or use qlora or qdora")
 
 # %% ../nbs/08d_adapters.ipynb #1ed5d36a
-SCALED, HIDDEN = ("k_proj", "v_proj", "qkv"), ("down_proj", "fc2")      # scaled at the output, at the input
+SCALED, HIDDEN = ("k_proj", "v_proj", "qkv", ".k", ".v"), ("down_proj", "fc2")      # scaled at the output, at the input
 
 def placed(model:nn.Module, ranks:dict) -> list[str]:
     "The modalities with a rank above 0. Raises `InputError` for an unknown one, or if there is none."
@@ -94,11 +94,20 @@ def adapt(
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model.requires_grad_(False), config)
     if gate != "none": wire_gates(adapted)
-    if "dora" in method: same_precision(adapted)                       # it reads the 4-bit weight for its norm, and must not find it repacked
+    if "dora" in method: _readable(adapted)
     audit(adapted, ranks)
     return adapted
 
 # %% ../nbs/08d_adapters.ipynb #96e6e258
+def _rescale(linear, args):
+    "Give an int8 weight that peft has read on a CPU, and wrapped anew without scales, those that its first forward moved away."
+    if linear.weight.CB is not None and linear.weight.SCB is None: linear.weight.SCB = linear.state.SCB
+
+def _readable(model):
+    "DoRA reads quantized weights for their norm: it must not find 4-bit ones repacked, nor leave int8 ones without scales."
+    for m in same_precision(model).modules():
+        if type(m).__name__ == "Linear8bitLt" and hasattr(m, "state"): m.register_forward_pre_hook(_rescale)
+
 def _adapt_other(model, method, modalities, seed, width, length):
     if method == "ia3": return peft.get_peft_model(model.requires_grad_(False), ia3_config(model, modalities))
     if method == "bottleneck": add_bottlenecks(model, modalities, width, seed)
@@ -148,7 +157,7 @@ def load_adapter(model:nn.Module, folder, trainable:bool=False):
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
     if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
     adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
-    if getattr(config, "use_dora", False): same_precision(adapted)
+    if getattr(config, "use_dora", False): _readable(adapted)
     return adapted.train(trainable)
 
 # %% ../nbs/08d_adapters.ipynb #3c379b41

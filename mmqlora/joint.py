@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from torch import nn
 from torch.nn import functional as F
 
-from .allocate import measure, rank_bytes
+from .allocate import check_reached, gated_costs, measure
 from .core import InputError
 from .model import bits_of, linears
 from .ranks import module_ranks, storage_bytes
@@ -71,6 +71,7 @@ def output_error(model:nn.Module, batches, bits=BITS, rows:int=512) -> pd.DataFr
         raise InputError("output_error", "the model is quantized already", "load_model(..., quantization='none')")
     model.eval()
     table, seen = [], _inputs(model, batches, rows)
+    check_reached([n for ms in linears(model).values() for n in ms], seen)
     for modality, modules in linears(model).items():
         for name, linear in modules.items():
             x = seen[name]
@@ -134,16 +135,19 @@ def options_for(
     frames:dict|None=None,  # K -> (missed share, bytes of activations); None: frames are not decided here
     weights=(1., 1., 1.),   # Rates of exchange of bits, ranks, frames
     state:int=1,            # Copies of each adapter parameter that count
+    gate:str="none",        # The temporal gate that `adapt` will be asked for, and the frame signals that it sees
+    signals:int=2,
 )->list[Option]:
     "Every option of the joint problem, measured."
     spectra, chosen = measure(model, batches, kinds=["fisher"]), module_ranks(model, ranks)
-    mass = {n: s["fisher"].sum() for n, s in spectra.items()}
+    (costs, fixed), mass = gated_costs(model, chosen, gate, signals), {n: s["fisher"].sum() for n, s in spectra.items()}
     total, found = sum(mass.values()), []
     for row in output_error(model, batches, bits).to_dict("records"):
         found.append(Option(("bits", row["module"]), row["bits"], row["bytes"], float(weights[0]*mass[row["module"]]/total*row["error"])))
     for name in chosen:
-        fisher, cost = spectra[name]["fisher"], state*rank_bytes(model.get_submodule(name))
+        fisher, cost = spectra[name]["fisher"], state*costs[name]
         found += [Option(("rank", name), r, r*cost, float(weights[1]*fisher[r:].sum()/total)) for r in sizes if r <= len(fisher)]
+    if fixed: found.append(Option(("gate",), gate, state*fixed, 0.))
     return found + [Option(("frames",), k, int(b), float(weights[2]*missed)) for k, (missed, b) in (frames or {}).items()]
 
 # %% ../nbs/08ca_joint.ipynb #be2df4ab

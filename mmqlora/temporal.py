@@ -6,8 +6,9 @@
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'seen_columns', 'Layout',
            'token_units', 'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'autocasts', 'from_table',
            'TokenGates', 'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta',
-           'Gated', 'Told', 'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig', 'FrameState',
-           'FrameInput', 'entrance', 'gated_layers', 'wire_gates', 'takes_signals', 'set_frame_signals', 'standardized']
+           'Gated', 'Told', 'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig',
+           'temporal_configs', 'FrameState', 'FrameInput', 'entrance', 'gated_layers', 'wire_gates', 'takes_signals',
+           'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
 import math, re
@@ -488,6 +489,10 @@ class TemporalLoraConfig(LoraConfig):
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = TemporalLoraConfig
 
+def temporal_configs(model) -> dict[str, TemporalLoraConfig]:
+    "Adapter -> its configuration, of those that read frame signals."
+    return {a: c for a, c in getattr(model, "peft_config", {}).items() if isinstance(c, TemporalLoraConfig)}
+
 # %% ../nbs/08_temporal.ipynb #b1f6067d
 class FrameState:
     "What the hooks note and the gated layers read: the layout of the current forward pass."
@@ -655,7 +660,7 @@ def wire_gates(
     tokens_per_frame:int|None=None,   # Visual tokens per frame, if the family's own number is not right
 )->FrameState:                        # Shared by all gated layers
     "Connect the gated layers of a PeftModel to one `FrameState`. Call it again after adding an adapter. Raises `InputError` for a layer left without a gate."
-    base, gated = model.get_base_model(), [a for a, c in model.peft_config.items() if isinstance(c, TemporalLoraConfig)]
+    base, gated = model.get_base_model(), temporal_configs(model)
     layers = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
     bare = [n for n, m in layers.items() for a in gated if a in m.lora_A and not isinstance(m, Gated)]
     if bare: raise InputError("gates", f"{len(bare)} adapted layers have none, e.g. {bare[0]}", "add the gated adapter first, the plain one after it")
@@ -668,18 +673,18 @@ def wire_gates(
     state.blocks = {m: re.match(r"(.*\.\d+)?", n)[0] for n, m in layers.items()}                 # a name up to its last number: the block of layers it is in
     for name, layer in layers.items():
         if isinstance(layer, Gated): _give_space(base, name, layer, state)
-    for adapter in gated:
-        if model.peft_config[adapter].gate == "input": _tell(base, state.layers, state, adapter, model.peft_config[adapter])
+    for adapter, config in gated.items():
+        if config.gate == "input": _tell(base, state.layers, state, adapter, config)
     return state
 
 # %% ../nbs/08_temporal.ipynb #50492cce
 def takes_signals(model) -> bool:
     "Whether an adapter of `model` reads frame signals: by gates, or as an input."
-    return any(isinstance(c, TemporalLoraConfig) for c in getattr(model, "peft_config", {}).values())
+    return bool(temporal_configs(model))
 
 def set_frame_signals(model, signal, frames=None):
     "Give the gates of `model` the signals of the next batch: (B, K, C or more), of which `frames` (B,) are real, or a list of (K_b, C or more). Each adapter sees its first C; a model without gates ignores them."
-    counts = [c.signals for c in getattr(model, "peft_config", {}).values() if isinstance(c, TemporalLoraConfig)]
+    counts = [c.signals for c in temporal_configs(model).values()]
     state = model.get_base_model().__dict__.get("_frame_state") if counts else None
     if state is None or not state.layers: return                         # one state serves all layers
     like, c = next(iter(state.layers[0].lora_A.values())).weight, max(counts)
@@ -687,7 +692,7 @@ def set_frame_signals(model, signal, frames=None):
 
 def standardized(model, signal:torch.Tensor) -> torch.Tensor:
     "Raw frame signals (N, K, C) as the gates of `model` know them; its adapter keeps mean and deviation. Unchanged without gates."
-    configs = [c for c in getattr(model, "peft_config", {}).values() if isinstance(c, TemporalLoraConfig)]
+    configs = list(temporal_configs(model).values())
     if not configs: return signal
     if configs[0].signal_mean is None: raise InputError("frame signals", "this adapter knows no mean and deviation of them", "train it, or load a trained one")
     return (signal - signal.new_tensor(configs[0].signal_mean))/signal.new_tensor(configs[0].signal_std)

@@ -59,12 +59,31 @@ def test_every_allocation_spends_the_bytes_of_uniform_rank_8_within_one_percent(
     if rule not in ("uniform", "prune"): assert len(set(ranks_in(model).values())) > 1
 
 
+@pytest.mark.parametrize("rule, gate", [("uniform", "scalar"), ("uniform", "input"), ("static", "time"), ("gradient", "rank"), ("prune", "rank"), ("prune", "scalar"), ("joint", "rank")])
+def test_the_bytes_of_gates_are_part_of_the_budget(training, rule, gate):
+    plain, _ = built(training, run("uniform"))
+    config = run(rule, budget_rank=8, gate=gate, signals="dense", ranks={"vision": 4, "fusion": 16, "text": 8} if rule == "static" else EVERYWHERE)
+    model, tokenizer = built(training, config)
+    if rule == "prune": fit(Trainer(model, tokenizer, *training, config))
+    gates = sum(4*p.numel() for n, p in model.named_parameters() if {"lora_gate", "lora_input"} & set(n.split(".")))
+    spend = resident if rule == "joint" else adapter_bytes
+    assert gates > 0 and .99 < spend(model)/spend(plain) <= 1
+
+
+@pytest.mark.parametrize("gate", ["scalar", "rank"])
+def test_a_joint_plan_with_gates_counts_them(training, gate):
+    model, tokenizer = load_model(BASE, "none", device="cpu")
+    batches = calibration_batches(model, tokenizer, *training, run("joint"), seed=0)[:1]
+    asked = plan(options_for(model, batches, EVERYWHERE, gate=gate), 900_000)
+    assert asked.bytes == resident(built(training, run("joint", budget_bytes=900_000, gate=gate, calibration=8))[0]) <= 900_000
+
+
 @pytest.mark.parametrize("rank", [2, 16, 32])
 @pytest.mark.parametrize("rule", ["static", "entropy", "gradient", "eva"])
 def test_small_and_large_budgets_are_met_as_well(measured, rule, rank):
     model, batches = measured
     budget = budget_of(model, EVERYWHERE, rank=rank)
-    found = allocate(rule, model, {"vision": 1, "fusion": 4, "text": 2}, budget, batches)
+    found = allocate(model, rule, {"vision": 1, "fusion": 4, "text": 2}, budget, batches)
     assert .99 < sum(r*rank_bytes(model.get_submodule(n)) for n, r in found.items())/budget <= 1
 
 
@@ -94,7 +113,7 @@ def test_a_rule_that_measures_asks_for_clips(rule, problem):
 
 
 def test_a_budget_below_rank_one_names_what_rank_one_needs(measured):
-    with pytest.raises(InputError, match="rank 1 everywhere needs 47616"): allocate("uniform", measured[0], EVERYWHERE, 1000)
+    with pytest.raises(InputError, match="rank 1 everywhere needs 47616"): allocate(measured[0], "uniform", EVERYWHERE, 1000)
 
 
 def test_the_fisher_of_a_module_that_the_loss_ignores_is_zero(measured):

@@ -6,10 +6,14 @@ import torch
 from torch import nn
 
 import mmqlora
+from mmqlora.adapters import adapt, load_adapter, save_adapter
+from mmqlora.allocate import allocate, budget_of
+from mmqlora.bottleneck import add_bottlenecks
 from mmqlora.core import InputError
 from mmqlora.families import FAMILIES, Family, declare_family, family_of, in_rows, space_of
 from mmqlora.model import MODALITIES, NO_TOWER, from_pretrained, linears
-from mmqlora.ranks import audit
+from mmqlora.prune import Pruner
+from mmqlora.ranks import adapter_bytes, audit
 from mmqlora.temporal import gated_layers, set_frame_signals
 
 
@@ -72,6 +76,114 @@ def test_one_step_of_a_gated_adapter_changes_only_lora_parameters(folder, family
         lively = model(**batch).logits
         set_frame_signals(model, signals(seed=1))
         assert not torch.equal(model(**batch).logits, lively)
+
+
+def unread(family, name):
+    "Whether a parameter lies in a layer whose output nobody reads: Video-LLaVA takes its tower's last layer but one."
+    return family == "video_llava" and "video_tower.encoder.layers.1." in name
+
+
+@pytest.mark.parametrize("method, quantization", [("dora", "none"), ("qdora", "int8"), ("ia3", "nf4"), ("bottleneck", "none"), ("bottleneck", "nf4"), ("prefix", "none"), ("prefix", "int8")])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_method_trains_is_kept_and_writes_in_every_family(folder, family, method, quantization, tmp_path):
+    def base(): return from_pretrained(folder(family), quantization, device="cpu").train()
+    model, batch = base(), tiny_models.video_inputs(family)
+    with torch.no_grad(): before = model(**batch).logits
+    towers = list(linears(model))
+    model = adapt(model, method, {m: 2 for m in towers}, width=3, prefix_length=3)
+    with torch.no_grad(): assert torch.equal(model(**batch).logits, before)
+    adapted_in = audit(model).set_index("modality")["adapted"]
+    assert all(adapted_in[m] > 0 or (method, m) == ("prefix", "fusion") and family not in ("idefics", "instructblipvideo") for m in towers)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(named.values(), lr=1.)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        assert all(p.grad is not None or unread(family, n) for n, p in named.items())
+        optimizer.step()
+    with torch.no_grad(): after = model(**batch).logits
+    assert torch.isfinite(after).all() and not torch.equal(after, before)
+    save_adapter(model, tmp_path)
+    again = load_adapter(base(), tmp_path, trainable=True)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, after)
+        written = again.eval().generate(**{k: v for k, v in batch.items() if k != "labels"}, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert len(written) == 2 and written.shape[1] >= 2
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_prefix_sits_in_every_tower_and_refuses_a_connector_without_attention(family):
+    def sits(where): return audit(adapt(tiny_models.build(family), "prefix", {where: 1})).set_index("modality")["adapted"]
+    for modality in linears(tiny_models.build(family)):
+        if modality == "fusion" and family not in ("idefics", "instructblipvideo"):
+            with pytest.raises(InputError, match="no attention with q_proj found in fusion"): sits(modality)
+        else: assert sits(modality)[modality] > 0 and not sits(modality).drop(modality).any()
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_blocks_of_the_vision_tower_look_along_the_time_of_their_own_clip(family):
+    model = add_bottlenecks(tiny_models.build(family), ["vision"], 3)
+    blocks = {n: p for n, p in model.named_parameters() if "adapter_" in n}
+    for name, p in blocks.items():
+        if name.endswith(("adapter_up", "adapter_time")): p.data.normal_(0, .5, generator=torch.Generator().manual_seed(0))
+    packs = FAMILIES[model.config.model_type].packs
+    clips = [*tiny_models.videos(1), *tiny_models.videos(1, frames=8 if packs else 4, size=84 if packs else 56, seed=1)]
+    def last(*clips):
+        with torch.no_grad(): return model(**tiny_models.video_inputs(family, list(clips), sound=False)).logits[:, -1]
+    both = last(*clips)
+    for row, clip in zip(both, clips): torch.testing.assert_close(row[None], last(clip), rtol=1e-4, atol=1e-4)
+    for name, p in blocks.items():
+        if name.endswith("adapter_time"): p.data[..., [0, 2]] = 0                          # each frame for itself
+    assert not torch.allclose(last(*clips), both, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_pruning_meets_its_budget_and_keeps_what_it_computes(family):
+    model, batch = tiny_models.build(family), tiny_models.video_inputs(family)
+    model = adapt(model, "lora", {m: 4 for m in linears(model)})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    budget = adapter_bytes(model)//2
+    pruner = Pruner(model, optimizer, budget, steps=6, every=1)
+    for step in range(6):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        pruner(step)
+    with torch.no_grad(): before = model(**batch).logits
+    pruner.finish()
+    assert .98 < adapter_bytes(model)/budget <= 1                          # a direction is 1 % of the bytes of a model this small
+    ranks = {n: m.r["default"] for n, m in pruner.layers.items()}
+    assert len(set(ranks.values())) > 1 and all(r == 1 for n, r in ranks.items() if unread(family, n + "."))
+    with torch.no_grad(): torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tower_that_only_some_batches_reach_is_pruned_by_those():
+    model, heard, quiet = tiny_models.build("qwen2_5_omni"), tiny_models.video_inputs("qwen2_5_omni"), tiny_models.video_inputs("qwen2_5_omni", sound=False)
+    model = adapt(model, "lora", {"text": 4, "audio": 4})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    pruner = Pruner(model, optimizer, adapter_bytes(model)//2, steps=8, every=1)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(**(heard if step == 6 else quiet)).loss.backward()
+        optimizer.step()
+        pruner(step)                                                        # from step 4 on the masks are what they are
+    with torch.no_grad(): before = model(**heard).logits
+    pruner.finish()
+    assert {m.r["default"] for n, m in pruner.layers.items() if "audio_tower" in n} == {1}
+    with torch.no_grad(): torch.testing.assert_close(model(**heard).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["entropy", "eva", "gradient", "joint"])
+def test_calibration_without_sound_gives_no_rank_to_an_audio_tower_and_says_so(rule):
+    from mmqlora.joint import options_for
+    model, batches = tiny_models.build("qwen2_5_omni"), [tiny_models.video_inputs("qwen2_5_omni", sound=False)]
+    ranks = {m: 4 for m in linears(model)}
+    with pytest.raises(InputError, match=r"calibration: no batch reaches model\.audio_tower\.layers\.0\.self_attn\.k_proj \(13 linears in all\)"):
+        options_for(model, batches, ranks) if rule == "joint" else allocate(model, rule, ranks, budget_of(model, ranks), batches)
+    if rule == "joint": return
+    for seen in (ranks | {"audio": 0}, {n: 4 for m, ms in linears(model).items() if m != "audio" for n in ms}):
+        found = allocate(model, rule, seen, budget_of(model, seen), batches)
+        assert not any("audio_tower" in n for n in found) and len(set(found.values())) > 1
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

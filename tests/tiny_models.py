@@ -153,13 +153,13 @@ def _row(family:str, tokens:list[list[int]], text:list[int], audio:int=0) -> lis
     return [1, *sum(tokens, []), *sound, *text]
 
 
-def video_inputs(family:str, clips=None, text=(10, 11, 12, 13), seed:int=0) -> dict:
+def video_inputs(family:str, clips=None, text=(10, 11, 12, 13), seed:int=0, sound:bool=True) -> dict:
     """Inputs of the family's model for clips (default: two), with labels on the text. Rows of unequal length are padded on the left;
-    families that stack frames need clips of equal length."""
+    families that stack frames need clips of equal length. `sound`: for the family that hears."""
     clips = videos(2, seed=seed) if clips is None else clips
     pixels = _pixels(family, clips)
     audio = {}
-    if family == "qwen2_5_omni":
+    if family == "qwen2_5_omni" and sound:
         audio = dict(input_features=torch.randn(len(clips), 16, 40, generator=torch.Generator().manual_seed(seed)),
                      feature_attention_mask=torch.ones(len(clips), 40, dtype=torch.long))
     rows = [_row(family, _frame_tokens(family, pixels, b, len(c)), list(text), 10 if audio else 0) for b, c in enumerate(clips)]
