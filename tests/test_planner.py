@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
 from mmqlora.benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
@@ -47,6 +47,25 @@ def test_operations_of_our_step_are_those_of_a_real_one(family):
     again = blocks*4*text.hidden_size*batch["input_ids"].shape[1]**2                      # without a flash kernel, attention runs once more for its gradient
     planned = predict(tiny_models.config(family), Setting(4, quantization="none", side=side))
     assert planned.flops == pytest.approx(real.flops - again, rel=.02)
+
+
+def sdpa_of_torch_2_11(q, k, v, *args, out_val=None, **kwargs):
+    "PyTorch's formula before it knew grouped heads: it refuses them."
+    assert q.shape[:2] == k.shape[:2] == v.shape[:2], "sdpa_flop_count: query/key/value shapes are incompatible"
+    return 4*q.shape[0]*q.shape[1]*q.shape[2]*k.shape[2]*q.shape[3]
+
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_grouped_heads_are_counted_whatever_this_torch_knows_of_them(heads, monkeypatch):
+    monkeypatch.setitem(flop_registry, FORWARD, sdpa_of_torch_2_11)
+    monkeypatch.setitem(flop_registry, BACKWARD, lambda grad, *args, **kwargs: sdpa_of_torch_2_11(*args, **kwargs)*5//2)
+    q, k, v = (torch.zeros(1, h, 6, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, heads, heads))
+    with counted(imagined=True) as c: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    assert c.flops == 3.5*4*4*6*6*8 and k.grad.shape == k.shape                             # two products forward, five backward, for each head of the queries
 
 
 def test_a_family_whose_inputs_are_unknown_is_an_error():
