@@ -6,7 +6,7 @@
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'MORE', 'WAYS', 'KINDS', 'BIG', 'shrink', 'config_of',
            'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
            'stock', 'label_logits', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell',
-           'compare_gradients', 'gradient_cell', 'profiled', 'profile_cell', 'count_cell', 'cells', 'name_of',
+           'compare_gradients', 'gradient_cell', 'waits', 'profiled', 'profile_cell', 'count_cell', 'cells', 'name_of',
            'target_cells', 'run_cell', 'efficiency', 'table_of', 'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
@@ -308,9 +308,18 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
     return compare_gradients(lambda: build_model(cell["model"], device, torch.bfloat16, small),
                              lambda model, dtype: make_batch(model, frames, device, dtype, 56 if small else 336), cell["ways"], device)
 
+# %% ../nbs/12c_benchmark.ipynb #8ab64841
+def waits(kernels, most:int=15) -> list:
+    "The longest times for which a card had nothing to do: [ms, kernel before, kernel after], of (start, end, name) in microseconds."
+    found, busy, last = [], None, ""
+    for start, end, name in sorted(kernels):
+        if busy is not None and start > busy: found.append([round((start - busy)/1000, 3), last[:60], name[:60]])
+        if busy is None or end > busy: busy, last = end, name
+    return sorted(found, reverse=True)[:most] + [[round(sum(f[0] for f in found), 3), "all", f"{len(found)}"]]
+
 # %% ../nbs/12c_benchmark.ipynb #8ab6484e
 def profiled(step, device:str) -> dict:
-    "Where the time of `step()` goes: kernels by time, and the host's share."
+    "Where the time of `step()` goes: kernels by time, the host's share, and the longest waits for it."
     for _ in range(3): step()
     _sync(device)
     cuda = device == "cuda"
@@ -320,7 +329,8 @@ def profiled(step, device:str) -> dict:
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = [e for e in prof.key_averages() if not cuda or "CUDA" in str(e.device_type)]
     top = sorted(events, key=lambda e: -getattr(e, key))[:30]
-    return dict(wall_ms=wall, kernel_ms=sum(getattr(e, key) for e in events)/1000, launches=sum(e.count for e in events),
+    spans = [(e.time_range.start, e.time_range.end, e.name) for e in prof.events() if "CUDA" in str(e.device_type)]
+    return dict(wall_ms=wall, waits=waits(spans), kernel_ms=sum(getattr(e, key) for e in events)/1000, launches=sum(e.count for e in events),
                 top=[[e.key[:100], e.count, round(getattr(e, key)/1000, 2)] for e in top])
 
 def profile_cell(cell:dict, device:str, small:bool) -> dict:

@@ -6,9 +6,9 @@
 __all__ = ['STANDARD', 'dense', 'Lin', 'Group', 'project', 'raised', 'lora_grad', 'gated', 'project_grad', 'fused', 'rms_norm',
            'rms_norm_grad', 'swiglu', 'swiglu_grad', 'rope', 'weighed', 'weighed_left', 'up_left', 'left_over', 'Spans',
            'spans_of', 'attend', 'attend_grad', 'Stash', 'Offload', 'Plan', 'Half', 'gate_columns', 'Gates', 'gates_of',
-           'gate_logits', 'Gradients', 'Mlp', 'Attention', 'HalfFunction', 'Buffers', 'Graph', 'Again', 'Imagined',
-           'recorded', 'NormFunction', 'Unfit', 'read_linear', 'read_norm', 'read_layer', 'run_layer', 'fuse_layer',
-           'fuse_norm']
+           'gates_ahead', 'gate_logits', 'Gradients', 'Mlp', 'Attention', 'HalfFunction', 'Buffers', 'Graph', 'Again',
+           'Imagined', 'recorded', 'NormFunction', 'Unfit', 'read_linear', 'read_norm', 'read_layer', 'run_layer',
+           'fuse_layer', 'fuse_norm']
 
 # %% ../nbs/09b_blocks.ipynb #ecb8204b
 from dataclasses import dataclass, field
@@ -309,6 +309,7 @@ class Plan:
     state: object = None                  # The `FrameState` of temporal gates
     gated: list = field(default_factory=list)             # The halves of layers that have such gates
     gates: object = None                  # `Gates` of the present batch
+    dtype: torch.dtype | None = None      # Of the activations that the last gates were for
     columns: tuple | None = None          # (gate parameters, how many rows each has, the row of each direction; None: in order)
     which: torch.Tensor | None = None     # Its rows, on the device
     record: bool = False                  # Launch each half as a CUDA graph
@@ -405,8 +406,8 @@ _UNGATED = Gates()
 
 def gates_of(plan:Plan, dtype) -> Gates:
     "The gates of this forward pass, computed once."
-    if not plan.gated or plan.gates and plan.gates.layout is plan.state.layout: return plan.gates or _UNGATED
-    variant, layout = plan.gated[0].variant, plan.state.layout
+    if not plan.gated or plan.gates and plan.gates.layout is plan.state.layout and plan.dtype == dtype: return plan.gates or _UNGATED
+    variant, layout, plan.dtype = plan.gated[0].variant, plan.state.layout, dtype
     units, index = token_table(layout, *variant.sees)
     plan.gates = Gates(layout)
     if units is None: return plan.gates
@@ -417,6 +418,11 @@ def gates_of(plan:Plan, dtype) -> Gates:
     if few or not plan.gated[0].learned: plan.gates.widths = [w for half in plan.gated for w in half.widths] if plan.gated[0].learned else [1]
     return plan.gates
 
+def gates_ahead(plan:Plan):
+    "The gates of a forward pass whose tower has just been launched: while its kernels run, the host has time. From the second batch on."
+    if plan.gated and plan.dtype and plan.state.layout.ids is not None and torch.is_grad_enabled(): gates_of(plan, plan.dtype)
+
+# %% ../nbs/09b_blocks.ipynb #1a957707
 def gate_logits(plan:Plan, units) -> torch.Tensor:
     "p of every direction of every adapter (units + 1, W), in the order of layers; of gates that weigh gradients, the only one."
     if not plan.gated[0].learned: return F.linear(units.float(), slopes(units, plan.gated[0].variant).float())

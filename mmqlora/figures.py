@@ -335,7 +335,7 @@ def step_cells(cells:dict, model:str|None=BIG) -> list[dict]:
 @drawn
 def efficiency_figure(cells:dict) -> Figure:
     "Peak memory and time of a step of the large model against frames, a line per way."
-    figure, axes = canvas(COLUMN, 2.2, rows=2, sharex=True)
+    figure, axes = canvas(COLUMN, 2.4, rows=2, sharex=True)
     for i, (way, label) in enumerate(WAY_NAMES.items()):
         rows = sorted((c["frames"], c["peak_bytes"]/2**30, c["step_ms"]/1000) for c in step_cells(cells) if c["way"] == way)
         for ax, column in zip(axes, (1, 2)):
@@ -346,7 +346,7 @@ def efficiency_figure(cells:dict) -> Figure:
         if c.get("oom") and c.get("model") == BIG and c["way"] in WAY_NAMES and c.get("total_bytes"):
             i = list(WAY_NAMES).index(c["way"])
             axes[0].plot([c["frames"]], [c["total_bytes"]/2**30], ls="", marker="x", color=PALETTE[i], label=f"{WAY_NAMES[c['way']]}: out of memory")
-    axes[0].set(yscale="log", ylabel="peak memory, GiB"); axes[1].set(xscale="log", yscale="log", xlabel="frames", ylabel="step, s")
+    axes[0].set(yscale="log", ylabel="peak, GiB"); axes[1].set(xscale="log", yscale="log", xlabel="frames", ylabel="step, s")
     for axis in (axes[0].yaxis, axes[1].yaxis, axes[1].xaxis): close_ticks(axis)
     axes[1].set_xticks(frames := sorted({c["frames"] for c in step_cells(cells)}), [str(f) for f in frames]); axes[1].minorticks_off()
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}

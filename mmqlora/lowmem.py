@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, modeling_outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .blocks import Group, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, project, project_grad, read_linear
+from .blocks import Group, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, gates_ahead, project, project_grad, read_linear
 from .core import InputError, atomic_path, content_hash, file_hash
 from .ledger import in_host
 
@@ -394,6 +394,7 @@ def blocks(model, plan:Plan) -> str:
     if fused:
         _fuse_last_norm(model)
         patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.begin() or stock(*args, **kwargs))
+        for tower in towers(model).values() if plan.gated else (): tower.register_forward_hook(lambda *_: gates_ahead(plan))
     return f"{fused} layers as blocks" + (f", {other} checkpointed ({', '.join(sorted(why))})" if other else "")
 
 # %% ../nbs/09c_lowmem.ipynb #f3677e75

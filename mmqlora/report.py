@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
            'GPU_PLAN', 'GPU_ADDED', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
-           'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'EARLIER', 'LOST', 'IN_SHORT', 'KEY',
+           'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LEASES', 'LOST', 'IN_SHORT', 'KEY',
            'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED',
            'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
-           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_earlier', 'load_evidence', 'decimals', 'number',
+           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number',
            'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'Lease',
            'lease_of', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict',
            'metric_macros', 'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
            'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
            'law_lease', 'gpu_laws', 'percent', 'law_macros', 'processor_macros', 'joined_macros', 'measured',
            'planner_errors', 'planner_delays', 'gate_macros', 'pair_macros', 'efficiency_macros', 'names_of',
-           'only_earlier', 'gpu_macros', 'earlier_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged',
-           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
-           'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
+           'late_runs', 'late_parts', 'gpu_macros', 'lease_macros', 'by_corruption', 'beyond_macros', 'error_macros',
+           'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table',
+           'ranks_table', 'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
            'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table',
            'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
            'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table',
@@ -115,7 +115,7 @@ class Files:
     sizes: dict                                       # models/<base> -> parameters of the bases that runs name
     draws: int = 200                                  # Bootstrap laws
     gpu_tune: dict|None = None                        # results/gpu-tune.json
-    earlier: dict = field(default_factory=dict)       # run -> result record of the tier gpu from the lease before: another base, other rates
+    others: dict = field(default_factory=dict)        # name of another lease of the tier gpu -> its run -> result record: another base, perhaps other rates
     joined: dict = field(default_factory=dict)        # results/benchmarks/merged.json
 
 # %% ../nbs/14a_report.ipynb #5b20d6fe
@@ -128,15 +128,15 @@ class Evidence(Files):
     @cached_property
     def tested(self) -> dict:
         "tier -> its planned comparisons."
-        return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED, self.earlier)}
+        return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED, self.others)}
     @cached_property
     def added(self) -> dict:
         "tier -> the comparisons of runs that were made after the plan."
-        return {self.tier: comparisons(self.records, EXTENDED), "gpu": comparisons(self.gpu, EXTENDED | GPU_EXTENDED, self.earlier)}
+        return {self.tier: comparisons(self.records, EXTENDED), "gpu": comparisons(self.gpu, EXTENDED | GPU_EXTENDED, self.others)}
     @cached_property
     def doubled(self) -> dict:
         "tier -> its differences of differences."
-        return {self.tier: interactions(self.records, INTERACTIONS), "gpu": interactions(self.gpu, INTERACTIONS | GPU_INTERACTIONS, self.earlier)}
+        return {self.tier: interactions(self.records, INTERACTIONS), "gpu": interactions(self.gpu, INTERACTIONS | GPU_INTERACTIONS, self.others)}
     @cached_property
     def outcomes(self) -> dict:
         "tier -> what became of its claims."
@@ -179,8 +179,8 @@ def _whole(record:dict, run:str, where:str) -> dict:
     if record["config_hash"] != content_hash(record["config"]): raise InputError(where, "its hash is not that of its settings")
     return record
 
-def load_earlier(folder="results/gpu-earlier") -> dict:
-    "run -> result record of the earlier lease, each checked within itself: its base and its rates are not those of params.yaml. Never compare one with a record of `load_gpu`."
+def load_lease(folder) -> dict:
+    "run -> result record of another lease, each checked within itself: its base, and perhaps its rates, are not those of `load_gpu`. Never compare records of two leases."
     return _ordered({p.stem: _whole(read_json(p), p.stem, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))})
 
 # %% ../nbs/14a_report.ipynb #a43ea011
@@ -194,7 +194,7 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
     records = load_results(tier, params)
     sizes = {b: read_json(repo_path(b, "log.json"))["params"] for b in sorted({r["config"]["base"] for r in records.values()})}
     return Evidence(tier, params, records, sizes=sizes, contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
-                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), earlier=load_earlier(),
+                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), others={name: found for name in LEASES if (found := load_lease(f"results/gpu-{name}"))},
                     cpu=read_json(repo_path(cpu)), joined=read_json(repo_path(joined)), gpu_tune=read_json(repo_path(gpu_tune)) if repo_path(gpu_tune).is_file() else None, **read)
 
 # %% ../nbs/14a_report.ipynb #5716c83c
@@ -317,16 +317,17 @@ def _enough(records:dict, metric:str, *runs) -> bool:
 @dataclass
 class Lease:
     "Where a comparison is made: all of its runs in one lease."
-    name: str                                         # this or earlier
+    name: str                                         # this, or one of LEASES
     records: dict
     runs: tuple
 
     @property
     def marks(self) -> dict: return dict(lease=self.name, diverged=sum(diverged(self.records[r]) for r in self.runs))
 
-def lease_of(metric:str, runs, records:dict, earlier:dict={}) -> Lease|None:
-    "This lease; the earlier one where this lacks a run, or has a single seed of it, and that does not; None where neither has them."
-    if not _enough(records, metric, *runs) and _enough(earlier, metric, *runs): return Lease("earlier", earlier, tuple(runs))
+def lease_of(metric:str, runs, records:dict, others:dict={}) -> Lease|None:
+    "This lease; where it lacks a run, or has a single seed of it, the first of the others that does not; None where none has them."
+    for name, found in dict(this=records, **others).items():
+        if _enough(found, metric, *runs): return Lease(name, found, tuple(runs))
     return Lease("this", records, tuple(runs)) if _has(records, metric, *runs) else None
 
 # %% ../nbs/14a_report.ipynb #552a2780
@@ -335,16 +336,16 @@ def _family(rows:list[dict]) -> list[dict]:
     fixed, seeded = (holm({i: row[p] for i, row in enumerate(rows)}) for p in ("p", "ps"))
     return [dict(**row, padj=fixed[i], psadj=seeded[i]) for i, row in enumerate(rows)]
 
-def comparisons(records:dict, plan:dict=PLANNED, earlier:dict={}) -> list[dict]:
+def comparisons(records:dict, plan:dict=PLANNED, others:dict={}) -> list[dict]:
     "The planned comparisons that a lease can make (`lease_of`), with `claim`, with `padj` and `psadj`, corrected within the claim, and with `pall`, over all of them."
     rows = []
     for claim, planned in plan.items():
-        found = [(lease_of(m, (a, b), records, earlier), a, b, m) for a, b, m in planned]
+        found = [(lease_of(m, (a, b), records, others), a, b, m) for a, b, m in planned]
         rows += [dict(claim=claim, **row) for row in _family([compare(lease.records, a, b, m) | lease.marks for lease, a, b, m in found if lease])]
     over_all = holm({i: row["p"] for i, row in enumerate(rows)})
     return [dict(**row, pall=over_all[i]) for i, row in enumerate(rows)]
 
-def interactions(records:dict, plan:dict, earlier:dict={}) -> list[dict]:
+def interactions(records:dict, plan:dict, others:dict={}) -> list[dict]:
     "Differences of differences: (a - b) - (c - d), with claim, as `comparisons`; a and b name the pairs."
     rows = []
     for claim, planned in plan.items():
@@ -352,7 +353,7 @@ def interactions(records:dict, plan:dict, earlier:dict={}) -> list[dict]:
         for first, second, metric in planned:
             weights = Counter()
             for sign_, (a, b) in ((1, first), (-1, second)): weights[a] += sign_; weights[b] -= sign_
-            if lease := lease_of(metric, weights, records, earlier): found.append(dict(a=first, b=second, metric=metric) | contrast(lease.records, dict(weights), metric) | lease.marks)
+            if lease := lease_of(metric, weights, records, others): found.append(dict(a=first, b=second, metric=metric) | contrast(lease.records, dict(weights), metric) | lease.marks)
         rows += [dict(claim=claim, **row) for row in _family(found)]
     return rows
 
@@ -433,11 +434,12 @@ def cost_macros(records:dict) -> dict:
     return {f"cost.{run}.{k}": v for run, record in records.items() for k, v in row(record["cost"]).items()}
 
 # %% ../nbs/14a_report.ipynb #182b9719
-EARLIER, LOST = r"$^{\dagger}$", r"$^{\ddagger}$"         # made within the earlier lease; with seeds that diverged
+LEASES = dict(second=r"$^{\S}$", earlier=r"$^{\dagger}$")  # other leases of the tier gpu, and how what was made within them is marked
+LOST = r"$^{\ddagger}$"                               # with seeds that diverged
 
 def mark_of(*rows) -> str:
     "The marks of comparisons."
-    return EARLIER*any(r.get("lease") == "earlier" for r in rows) + LOST*any(r.get("diverged") for r in rows)
+    return "".join(mark for name, mark in LEASES.items() if any(r.get("lease") == name for r in rows)) + LOST*any(r.get("diverged") for r in rows)
 
 def told(r:dict) -> str:
     "A difference with its interval and its marks."
@@ -570,16 +572,15 @@ def laws(e:Evidence, records:dict, axes=tuple(AXES)) -> dict[str, ScalingFit]:
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d4
 def law_lease(e:Evidence, axis:str) -> str:
-    "The lease of a law of the tier gpu: the earlier one where this has seeds of the axis that diverged, or fewer sizes; `diverged` where neither will do."
-    here, there = ([records[r] for r in AXES[axis](records)] if REFERENCE in records else [] for records in (e.gpu, e.earlier))
-    lost = any(map(diverged, here))
-    if there and (lost or len(there) > len(here)) and not any(map(diverged, there)): return "earlier"
-    return "diverged" if lost else "this"
+    "The lease of a law of the tier gpu: of those with no seed of the axis that diverged, the first with the most sizes; `diverged` where all have some."
+    found = {name: [records[r] for r in AXES[axis](records)] for name, records in dict(this=e.gpu, **e.others).items() if REFERENCE in records}
+    whole = {name: len(runs) for name, runs in found.items() if not any(map(diverged, runs))}
+    return max(whole, key=whole.get) if whole else "diverged" if found else "this"
 
 def gpu_laws(e:Evidence) -> dict[str, ScalingFit]:
     "axis -> law of the tier gpu, each within one lease."
     by = {axis: law_lease(e, axis) for axis in AXES}
-    fits = {k: v for name, records in (("this", e.gpu), ("earlier", e.earlier)) if records for k, v in laws(e, records, [a for a in AXES if by[a] == name]).items()}
+    fits = {k: v for name, records in dict(this=e.gpu, **e.others).items() if records for k, v in laws(e, records, [a for a in AXES if by[a] == name]).items()}
     return {axis: fits[axis] for axis in AXES if axis in fits}
 
 def percent(value) -> str: return "n/a" if value is None else rf"{number(100*value, 1)}\,\%"
@@ -588,7 +589,7 @@ def percent(value) -> str: return "n/a" if value is None else rf"{number(100*val
 SHORT = {"rank": "rank", "frames": "frames", "trained KiB": "kib", DATA_LAW: "data", "base parameters": "size", "bits": "bits"}
 
 def law_macros(e:Evidence) -> dict:
-    "law.<own, gpu>.<rank, frames, kib, data, size, bits>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law. law.gpu.<...>.lease: this, earlier, or diverged."
+    "law.<own, gpu>.<rank, frames, kib, data, size, bits>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law. law.gpu.<...>.lease: this, one of LEASES, or diverged."
     out = {}
     for name, tier in (("own", e.tier), ("gpu", "gpu")):
         for axis, short in SHORT.items():
@@ -714,32 +715,41 @@ def _absent() -> dict:
 
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d6
-def only_earlier(e:Evidence) -> dict:
-    "The runs that only the earlier lease has."
-    return {run: record for run, record in e.earlier.items() if run not in e.gpu}
+def late_runs(e:Evidence) -> dict[str, str]:
+    "Run -> the first other lease that has it, of the runs that this lease has not."
+    return {run: name for name, records in reversed(e.others.items()) for run in records if run not in e.gpu}
+
+def late_parts(e:Evidence) -> dict[str, dict]:
+    "`gpu, <name> lease` -> records of its late runs, after its reference run."
+    late = late_runs(e)
+    parts = {name: {r: x for r, x in records.items() if late.get(r) == name} for name, records in e.others.items() if REFERENCE in records}
+    return {f"gpu, {name} lease": {REFERENCE: e.others[name][REFERENCE]} | part for name, part in parts.items() if part}
 
 def _about_gpu(e:Evidence) -> dict:
-    tested, late = e.tested["gpu"], only_earlier(e)
+    tested, late = e.tested["gpu"], late_runs(e)
     def seeds(records): return [len(r["config"]["seeds"]) for r in records.values() if r["config"]["steps"]]
-    laws_there = [axis for axis in SHORT if axis in e.laws.get("gpu", {}) and law_lease(e, axis) == "earlier"]
+    laws_in = {name: [axis for axis in SHORT if axis in e.laws.get("gpu", {}) and law_lease(e, axis) == name] for name in LEASES}
     about = dict(missing=names_of(r for r in GPU_PLAN if r not in e.gpu and r not in late), late=names_of(late), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED),
-                 planned=len(GPU_PLAN), compared=len(tested), borrowed=sum(r["lease"] == "earlier" for r in tested), seeds=max(seeds(e.gpu), default=0), fewest=min(seeds(e.gpu), default=0),
+                 planned=len(GPU_PLAN), compared=len(tested), borrowed=sum(r["lease"] in LEASES for r in tested), seeds=max(seeds(e.gpu), default=0), fewest=min(seeds(e.gpu), default=0),
                  full=sum(n == max(seeds(e.gpu)) for n in seeds(e.gpu)), sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]),
-                 diverged=names_of(r for r, x in e.gpu.items() if diverged(x)), laws_earlier="; ".join(laws_there) or "none")
+                 diverged=names_of(r for r, x in e.gpu.items() if diverged(x)), **{f"laws_{name}": "; ".join(axes) or "none" for name, axes in laws_in.items()},
+                 **{f"{kind}_{name}": value(name) for name in LEASES for kind, value in (("borrowed", lambda n: sum(r["lease"] == n for r in tested)), ("late", lambda n: names_of(r for r in late if late[r] == n)))})
     return {f"gpu.{k}": str(v) for k, v in about.items()}
 
 def gpu_macros(e:Evidence) -> dict:
-    """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.lease.<run>: this, or earlier where only that has it; gpu.<run>.diverged:
-    seeds that came to nothing. gpu.missing, late, diverged: names; gpu.n, added, planned, compared, borrowed (of the earlier lease), seeds, fewest, full (runs with all seeds)."""
-    records = e.gpu | only_earlier(e)
+    """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.lease.<run>: this, or the other lease whose numbers these are; gpu.<run>.diverged:
+    seeds that came to nothing. gpu.missing, late, diverged: names; gpu.n, added, planned, compared, borrowed (of other leases), seeds, fewest, full (runs with all seeds)."""
+    late = late_runs(e)
+    records = e.gpu | {run: e.others[name][run] for run, name in late.items()}
     made = _absent() | metric_macros(records) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(records) | beyond_macros(records) | error_macros(records)
-    made |= {f"lease.{run}": "this" if run in e.gpu else "earlier" for run in records} | {f"{run}.diverged": str(diverged(records[run])) if run in records else "n/a" for run in {*GPU_PLAN, *records}}
+    made |= {f"lease.{run}": late.get(run, "this") for run in records} | {f"{run}.diverged": str(diverged(records[run])) if run in records else "n/a" for run in {*GPU_PLAN, *records}}
     return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
 
-def earlier_macros(e:Evidence) -> dict:
-    "earlier.<run>.test.exact with its ends, earlier.diff.<a>.<b>.<metric>, earlier.told...: of the earlier lease, within itself; n/a or `not run` where it lacks a run."
-    made = _absent() | metric_macros(e.earlier) | diff_macros(comparisons(e.earlier, PLANNED | GPU_PLANNED))
-    return {f"earlier.{k}": v for k, v in made.items() if k.startswith(("diff.", "told.", "outcome.")) or ".test.exact" in k}
+def lease_macros(e:Evidence, name:str) -> dict:
+    "<name>.<run>.test.exact with its ends, <name>.diff.<a>.<b>.<metric>, <name>.told...: of another lease, within itself; n/a or `not run` where it lacks a run."
+    records = e.others.get(name, {})
+    made = _absent() | metric_macros(records) | diff_macros(comparisons(records, PLANNED | GPU_PLANNED | GPU_EXTENDED))
+    return {f"{name}.{k}": v for k, v in made.items() if k.startswith(("diff.", "told.", "outcome.")) or ".test.exact" in k}
 
 # %% ../nbs/14a_report.ipynb #2529ab86
 def by_corruption(record:dict, measure:str="exact") -> dict[str, float]:
@@ -777,7 +787,7 @@ def macros(e:Evidence) -> dict:
     new = {k: v for k, v in _absent().items() if k.startswith(("diff.", "told.", "outcome.", "more."))}
     own = new | diff_macros(e.tested[e.tier] + e.added[e.tier]) | more_macros(e.doubled[e.tier]) | ood_macros(e.records)
     return merged(metric_macros(e.records), cost_macros(e.records), own, claim_macros(e), verdict_macros(e), error_macros(e.records),
-                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), joined_macros(e), gpu_macros(e), earlier_macros(e), beyond_macros(e.records))
+                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), joined_macros(e), gpu_macros(e), *(lease_macros(e, name) for name in LEASES), beyond_macros(e.records))
 
 # %% ../nbs/14a_report.ipynb #8381e342
 def _line(cells) -> str: return " & ".join(cells) + r" \\"
@@ -861,9 +871,9 @@ def gates_table(e:Evidence) -> str:
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
-    "Placement, allocation and rank on the test split, by rising bytes; of the earlier lease too, where the law of the rank is from there."
+    "Placement, allocation and rank on the test split, by rising bytes; of another lease too, where the law of the rank is from there."
     def runs(records): return sorted(_among(records, RANKS, REFERENCE), key=lambda r: kib(records[r]))
-    tiers = e.tiers | ({"gpu, earlier lease": e.earlier} if law_lease(e, "rank") == "earlier" else {})
+    tiers = e.tiers | {f"gpu, {name} lease": records for name, records in e.others.items() if law_lease(e, "rank") == name}
     return measure_table(tiers, runs, ("exact", "transient", "loss"), ("exact",),
                          {"V/F/T": _ranks_of, "Diverged": lambda r: str(diverged(r) or ""), "KiB": lambda r: count(kib(r)), "Model KiB": lambda r: in_kib(r["cost"]["model_bytes"])})
 
@@ -957,7 +967,7 @@ def marks_of(e:Evidence, claim:str) -> str:
     return mark_of(*(r for r in (*e.tested["gpu"], *e.added["gpu"], *e.doubled["gpu"]) if r["claim"] == claim))
 
 def outcomes_table(e:Evidence) -> str:
-    "By claim and tier: comparisons as claimed, against, open; marked where one of them is of the earlier lease, or has seeds that diverged."
+    "By claim and tier: comparisons as claimed, against, open; marked where one of them is of another lease, or has seeds that diverged."
     found, kinds = e.outcomes, ("as claimed", "against", "open")
     def part(n): return [str(n[k]) for k in kinds] if n else ["--"]*3
     rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims()]
@@ -1084,7 +1094,7 @@ def captionrates_table(e:Evidence) -> str:
 
 # %% ../nbs/14a_report.ipynb #59bb8633
 def gpu_table(e:Evidence) -> str:
-    "The runs of the tier gpu that are complete, then those of the earlier lease, with a reference run of their own; or one line that says that there is none."
+    "The runs of the tier gpu that are complete, then the late ones of other leases, after a reference run of their own; or one line that says that there is none."
     if not e.gpu: return tabular("l", [["Tier gpu"]], [["no run of this tier is complete"]])
     lead = {"Frames": _config("selector"), "$K$": _config("frames"), "Seeds": lambda r: str(len(r["per_clip"]["test.exact"])), "Diverged": lambda r: str(diverged(r) or ""), "KiB": lambda r: count(kib(r))}
     names = {"test.exact": "Exact", "test.transient": "Transient", "test.order": "Order", "test.loss": "Loss", "test.cider": "CIDEr", "test.t2v_r1": "R@1 t2v",
@@ -1093,7 +1103,7 @@ def gpu_table(e:Evidence) -> str:
     def rows(records):
         parts = [[row(run, records[run]) for run in group.split() if run in records] for group in (*GPU_GROUPS, " ".join(GPU_ADDED))]
         return [line for part in parts if part for line in (None, *part)][1:]
-    rows = rows(e.gpu) + (_tier("gpu, earlier lease", 15) + rows(e.earlier) if e.earlier else [])
+    rows = rows(e.gpu) + [line for name, part in late_parts(e).items() for line in (*_tier(name, 15), *rows(part))]
     return tabular("llllll" + "r"*len(names), [["Run", *lead, *names.values()]], rows)
 
 # %% ../nbs/14a_report.ipynb #5e66031a
@@ -1111,11 +1121,10 @@ def retention_table(e:Evidence) -> str:
     return _asked_table(e, RETAINED)
 
 def gpu_beyond_table(e:Evidence) -> str:
-    "What the runs of the tier gpu were asked beside captions, as far as there are any; those of the earlier lease, where this has none, beside its reference run."
+    "What the runs of the tier gpu were asked beside captions, as far as there are any; the late ones of other leases beside their reference run."
     names = {"test.exact": "Captions", **BEYOND, "test.exact_disordered": "Shuffled"}
-    late = {r: x for r, x in only_earlier(e).items() if x["config"].get("checks")}
-    tiers = {"gpu": e.gpu} | ({"gpu, earlier lease": {REFERENCE: e.earlier[REFERENCE]} | late} if late and REFERENCE in e.earlier else {})
-    found = {t: {r: x["metrics"] for r, x in records.items() if x["config"].get("checks")} for t, records in tiers.items()}
+    found = {t: {r: x["metrics"] for r, x in records.items() if x["config"].get("checks")} for t, records in ({"gpu": e.gpu} | late_parts(e)).items()}
+    found = {t: part for t, part in found.items() if t == "gpu" or part.keys() - {REFERENCE}}
     asked = {n: title for n, title in names.items() if any(n in m for part in found.values() for m in part.values())}
     def rows(part): return [[run_name(r), *(cell(dict(metrics=m), n) for n in asked)] for r, m in part.items()]
     lines = [line for t, part in found.items() for line in (*(_tier(t, len(asked) + 1) if t != "gpu" else []), *rows(part))]
@@ -1190,7 +1199,7 @@ def provenance_table(e:Evidence) -> str:
         v, h = r["versions"], r["hardware"]
         machine = h.get("gpu") or f"{h['system']} {h['machine']}, {h['cpus']} CPUs"
         return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)
-    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, e.earlier) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu)]
+    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, *e.others.values()) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu)]
     tiers = {}
     for name, r in named: tiers.setdefault((r.get("tier", ""), made(r)), []).append(name)
     header = ["What", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
@@ -1202,7 +1211,7 @@ TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_ta
               baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table, gatecost=gatecost_table, methodsteps=methodsteps_table, captionrates=captionrates_table,
               tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table, oodpairs=oodpairs_table,
               verdicts=verdicts_table, interactions=interactions_table, extended=extended_table, examples=lambda e: examples_table(e),
-              laws=lambda e: laws_table({f"{tier}: {axis}" + ", earlier lease"*(tier == "gpu" and law_lease(e, axis) == "earlier"): fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
+              laws=lambda e: laws_table({f"{tier}: {axis}" + (f", {name} lease" if tier == "gpu" and (name := law_lease(e, axis)) in LEASES else ""): fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
 
 # %% ../nbs/14a_report.ipynb #c695d53a
 def _worst(values) -> float|None: return max(map(abs, values), default=None)
@@ -1313,9 +1322,9 @@ def markdown_table(header:list[str], rows:list) -> str:
 
 def verdicts_markdown(e:Evidence) -> str:
     "What became of each hypothesis, for the README."
-    rows = [[text.replace("$-$", "-").replace("- -", "--").replace(EARLIER, "†").replace(LOST, "‡") for text in row] for row in _verdict_rows(e, lambda run: f"`{run}`")]
+    rows = [[text.replace("$-$", "-").replace("- -", "--").replace(LEASES["second"], "§").replace(LEASES["earlier"], "†").replace(LOST, "‡") for text in row] for row in _verdict_rows(e, lambda run: f"`{run}`")]
     header = ["claim", "in short", "key comparison (exact match if not said)", *(f"{e.tier}: {k}" for k in ("verdict", "difference [95 % CI]")), *(f"gpu: {k}" for k in ("verdict", "difference [95 % CI]"))]
-    return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim. † within an earlier lease of the tier gpu, ‡ with seeds that diverged.\n\n" + markdown_table(header, rows) + "\n"
+    return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim. § within a second lease of the tier gpu, † within an earlier one, ‡ with seeds that diverged.\n\n" + markdown_table(header, rows) + "\n"
 
 # %% ../nbs/14a_report.ipynb #660ce448
 def results_markdown(e:Evidence) -> str:
@@ -1327,8 +1336,7 @@ def results_markdown(e:Evidence) -> str:
     def part(tier, records):
         clips, seeds = len(records[REFERENCE]["per_clip"]["test.exact"][0]), max(len(r["config"]["seeds"]) for r in records.values())
         return f"Tier `{tier}`, {clips} test clips, mean over up to {seeds} seeds.\n\n{markdown_table(header, [row(*each) for each in records.items()])}\n"
-    late = {"gpu, an earlier lease": {REFERENCE: e.earlier[REFERENCE]} | only_earlier(e)} if REFERENCE in e.earlier else {}
-    return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in (e.tiers | late).items())
+    return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in (e.tiers | late_parts(e)).items())
 
 # %% ../nbs/14a_report.ipynb #99624e8a
 FIGURES["levers"] = lambda e: levers_figure(e.efficiency)
@@ -1351,8 +1359,8 @@ def fresh_folder(path):
         shutil.rmtree(work)
 
 def macros_tex(values:dict) -> str:
-    "The lines of macros.tex."
-    return "".join(f"\\defval{{{k}}}{{{v}}}\n" for k, v in values.items())
+    "The lines of macros.tex, by name: equal values give equal files."
+    return "".join(f"\\defval{{{k}}}{{{v}}}\n" for k, v in sorted(values.items()))
 
 # %% ../nbs/14a_report.ipynb #3aed551e
 def write_report(tier:str, out="paper/generated") -> Path:

@@ -77,7 +77,8 @@ def bench(params, args):
     "Gates with CUDA graphs, the targets of the low-memory step, then the other gates, until the deadline."
     from mmqlora.benchmark import target_cells
     from mmqlora.overhead import gate_cells, lease
-    lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=gate_cells()[:1] + target_cells() + gate_cells()[1:5])
+    todo = gate_cells()[:1] + target_cells() + gate_cells()[1:5]
+    lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=[c for c in todo if not args.only or {*args.only} & {str(v) for v in c.values()}])
 
 
 def _one_size(config, out, commit, file, *rest):
@@ -122,7 +123,7 @@ if __name__ == "__main__":
     parser.add_argument("--gguf", default=f"{HERE}/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds since 1970")
     parser.add_argument("--workers", type=int, help="processes (tune, runs: per GPU)")
-    parser.add_argument("--only", nargs="+", help="runs, or sizes (default: all of params.yaml)")
+    parser.add_argument("--only", nargs="+", help="runs, sizes (default: all of params.yaml), or ways of bench")
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""))
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     args = parser.parse_args()

@@ -4,13 +4,14 @@
 #   scripts/gpu.sh check SECONDS           all of it, small: what breaks, how fast, how much memory
 #   scripts/gpu.sh start SECONDS [STEP..]  begin STEPs (default: sizes base runs) in a session of their own, which goes on between calls, from a copy in /tmp
 #   scripts/gpu.sh wait SECONDS            show how far they are, until they end or SECONDS are over, and bring home what there is
-# Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds); `sizes`, bases of other sizes, there too;
+# Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds; WAYS="WAY WAY": these ways to step); `quiet`, the same with
+# the machine to itself; `sizes`, bases of other sizes, beside `base` too;
 # `base`, corpus and base model (TUNE=yes: and learning rates);
-# `runs`, the queue (ONLY="RUN RUN": these runs). They end SECONDS after `start`. A second start goes on with what is missing.
+# `runs`, the queue (ONLY="RUN RUN": these runs; SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml). They end SECONDS after `start`. A second start goes on with what is missing.
 # What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz.
 set -euo pipefail
 kept=${KEPT:-/tmp/mmqlora}; begin=$(date +%s); step=$1; cards=$(nvidia-smi -L 2> /dev/null | wc -l || true)
-export PYTHONPATH=$PWD:$kept/site TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor
+export PYTHONPATH=$PWD:$kept/site SETS=${SETS:-profile=gpu} TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor
 mkdir -p $kept/site $kept/out
 gpu() { local log=$OUT/$1-$begin.log; python3 scripts/gpu.py "$@" --gguf $kept/SmolLM2-135M-Instruct.Q4_1.gguf 2>&1 | tee -a "$log"; }
 watch() { nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader,nounits -l 10 >> "$OUT/cards-$begin.csv" & }
@@ -47,7 +48,8 @@ share() {   # many small kernels of many processes at a time on a card, instead 
 
 sizes() { (share; sleep ${WAIT:-50}; export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu sizes --workers ${SMALL_RENDER:-10}) > /dev/null & }
 
-bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --deadline $((begin + ${BENCH:-280}))) > /dev/null & }
+quiet() { CUDA_VISIBLE_DEVICES=0 gpu bench --deadline $((begin + ${BENCH:-280})) ${WAYS:+--only $WAYS}; }
+bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --deadline $((begin + ${BENCH:-280})) ${WAYS:+--only $WAYS}) > /dev/null & }
 
 base() {
   export CUDA_VISIBLE_DEVICES=0
@@ -60,7 +62,7 @@ base() {
 
 runs() {
   share
-  for attempt in 1 2; do gpu runs --deadline $deadline ${ONLY:+--only $ONLY}; done      # what failed, once more: it may have been memory
+  for attempt in 1 2; do gpu runs --deadline $deadline $(printf -- '--set %s ' $SETS) ${ONLY:+--only $ONLY}; done      # what failed, once more: it may have been memory
 }
 
 all() {   # in a session of its own: see start

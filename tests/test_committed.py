@@ -8,11 +8,11 @@ from conftest import ROOT
 
 from mmqlora.config import load_params, run_config, under
 from mmqlora.core import InputError, content_hash, read_json, write_json
-from mmqlora.report import check_record, load_earlier, load_gpu
+from mmqlora.report import LEASES, check_record, load_gpu, load_lease
 
 TIERS = ("cpu", "gpu")
 FILES = [p for tier in TIERS for p in sorted((ROOT/"results"/tier).glob("*.json"))]
-EARLIER = sorted((ROOT/"results/gpu-earlier").glob("*.json"))
+OTHERS = sorted(p for name in LEASES for p in (ROOT/f"results/gpu-{name}").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_a_committed_record_is_whole_and_of_these_settings(path, settings):
     assert {len(record["metrics"][f"{s}.exact"]["seeds"]) for s in ("test", "ood")} == {seeds}
 
 
-@pytest.mark.parametrize("path", EARLIER, ids=lambda p: p.stem)
-def test_a_record_of_the_earlier_lease_is_whole_and_agrees_with_itself(path):
+@pytest.mark.parametrize("path", OTHERS, ids=lambda p: p.stem)
+def test_a_record_of_another_lease_is_whole_and_agrees_with_itself(path):
     record = read_json(path)
     check_record(record, path)
     assert record["run"] == path.stem and record["tier"] == "gpu"
@@ -65,14 +65,14 @@ def test_a_bad_record_of_the_tier_gpu_is_one_clear_error(folder):
     with pytest.raises(InputError, match="no run 'nobody'"): load_gpu(folder)
 
 
-def test_a_bad_record_of_the_earlier_lease_is_one_clear_error(folder):
-    whole = read_json(EARLIER[0])
+def test_a_bad_record_of_another_lease_is_one_clear_error(folder):
+    whole = read_json(OTHERS[0])
     write_json(f"{folder}/{whole['run']}.json", whole)
-    assert list(load_earlier(folder)) == [whole["run"]]
+    assert list(load_lease(folder)) == [whole["run"]]
     write_json(f"{folder}/{whole['run']}.json", whole | {"config": whole["config"] | {"lr": 1.}})
-    with pytest.raises(InputError, match="its hash is not that of its settings"): load_earlier(folder)
+    with pytest.raises(InputError, match="its hash is not that of its settings"): load_lease(folder)
     (ROOT/folder/f"{whole['run']}.json").rename(ROOT/folder/"other.json")
-    with pytest.raises(InputError, match=f"other.json: holds run '{whole['run']}'"): load_earlier(folder)
+    with pytest.raises(InputError, match=f"other.json: holds run '{whole['run']}'"): load_lease(folder)
 
 
 @pytest.mark.parametrize("name, chosen", [("tune", False), ("gpu-tune", True)])

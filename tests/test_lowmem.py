@@ -320,6 +320,17 @@ def test_recorded_halves_read_the_gates_of_their_own_batch(gate):
     assert gate == "none" or distance(found[0], found[1]) > 1e-3
 
 
+def test_gates_are_found_while_the_tower_runs():
+    model, found = gated("qwen2_vl", "rank", tuple(LEVERS)), []
+    plan = model._mmqlora.plan
+    first = next(m for m in model.modules() if type(m).__name__ == "Qwen2VLDecoderLayer")
+    first.register_forward_pre_hook(lambda *_: found.append(plan.gates is not None and plan.gates.layout is plan.state.layout))
+    for seed in (0, 1, 2):
+        set_frame_signals(model, torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(seed)))
+        model(**video_inputs("qwen2_vl")).loss.backward()
+    assert found == [False, True, True]                                            # the first batch tells the dtype
+
+
 def test_an_embedding_of_a_class_of_its_own_goes_to_host_memory_too():
     report = low_memory(adapted("idefics"), embeddings="host")
     assert report.done["embeddings"].endswith("of embeddings in host memory")
