@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from .config import Selector
 from .core import InputError, atomic_path
 from .errors import KINDS
-from .leases import floor_ms, is_step, latest, pairs
+from .leases import fast_ms, floor_ms, is_step, latest, pairs
 from .scaling import ScalingFit, flatness, pareto_front
 
 # %% ../nbs/14_figures.ipynb #f05ed695
@@ -335,7 +335,7 @@ def step_cells(cells:dict, model:str|None=BIG) -> list[dict]:
 @drawn
 def efficiency_figure(cells:dict) -> Figure:
     "Peak memory and time of a step of the large model against frames, a line per way."
-    figure, axes = canvas(COLUMN, 2.8, rows=2, sharex=True)
+    figure, axes = canvas(COLUMN, 2.4, rows=2, sharex=True)
     for i, (way, label) in enumerate(WAY_NAMES.items()):
         rows = sorted((c["frames"], c["peak_bytes"]/2**30, c["step_ms"]/1000) for c in step_cells(cells) if c["way"] == way)
         for ax, column in zip(axes, (1, 2)):
@@ -346,7 +346,7 @@ def efficiency_figure(cells:dict) -> Figure:
         if c.get("oom") and c.get("model") == BIG and c["way"] in WAY_NAMES and c.get("total_bytes"):
             i = list(WAY_NAMES).index(c["way"])
             axes[0].plot([c["frames"]], [c["total_bytes"]/2**30], ls="", marker="x", color=PALETTE[i], label=f"{WAY_NAMES[c['way']]}: out of memory")
-    axes[0].set(yscale="log", ylabel="peak memory, GiB"); axes[1].set(xscale="log", yscale="log", xlabel="frames", ylabel="step, s")
+    axes[0].set(yscale="log", ylabel="peak, GiB"); axes[1].set(xscale="log", yscale="log", xlabel="frames", ylabel="step, s")
     for axis in (axes[0].yaxis, axes[1].yaxis, axes[1].xaxis): close_ticks(axis)
     axes[1].set_xticks(frames := sorted({c["frames"] for c in step_cells(cells)}), [str(f) for f in frames]); axes[1].minorticks_off()
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
@@ -356,12 +356,12 @@ def efficiency_figure(cells:dict) -> Figure:
 # %% ../nbs/14_figures.ipynb #445cb460
 @drawn
 def planner_figure(predictions:list[dict]) -> Figure:
-    "Predicted against measured, every step that was measured: peak above; time below, the step that calibrates each lease as a ring. A dot on the line is exact."
-    figure, axes = canvas(COLUMN, 3.1, rows=2)
+    "Predicted against measured, every step that was measured: peak above; time of the fastest step below, the run that calibrates each lease as a ring. A dot on the line is exact."
+    figure, axes = canvas(COLUMN, 2.6, rows=2)
     def model(p): return p["cell"].split("/")[1]
     names = list(dict.fromkeys(model(p) for p in predictions if p.get("measured_peak")))
     peaks = [(model(p), p["measured_peak"]/2**30, p["peak"]/2**30) for p in predictions if p.get("measured_peak")]
-    times = [(model(p), p["measured_ms"], p["predicted_ms"]) for p in predictions if p.get("predicted_ms")]
+    times = [(model(p), p["fast_ms"], p["predicted_ms"]) for p in predictions if p.get("predicted_ms")]
     for ax, points, what in ((axes[0], peaks, "peak, GiB"), (axes[1], times, "step, ms")):
         for i, m in enumerate(names):
             ax.plot([x for n, x, _ in points if n == m], [y for n, _, y in points if n == m], ls="", color=PALETTE[i], marker=MARKERS[i], label=m)
@@ -369,25 +369,26 @@ def planner_figure(predictions:list[dict]) -> Figure:
         ends = min((v for row in points for v in row[1:]), default=1)*.8, max((v for row in points for v in row[1:]), default=2)*1.25
         ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"measured {what}", ylabel=f"predicted {what}")
         for axis in (ax.xaxis, ax.yaxis): close_ticks(axis)
-    ones = [p["measured_ms"] for p in predictions if p.get("calibrates")]
+    ones = [p["fast_ms"] for p in predictions if p.get("calibrates")]
     axes[1].plot(ones, ones, ls="", marker="o", ms=9, mfc="none", color=".3")
     axes[0].legend()
     return figure
 
 # %% ../nbs/14_figures.ipynb #4e6a4dd7
 def lever_pairs(record:dict, frames:int=32) -> dict[str, tuple[float, float]]:
-    "way -> (peak, time) over that of `stock_labels` in the same lease: every lever of the large model, alone and all together."
+    "way -> (peak, time of the fastest step) over that of `stock_labels` in the same lease: every lever of the large model, alone and all together."
     ways = dict.fromkeys(c["way"] for c in step_cells(record["cells"]) if c["way"] != "stock_labels")
     found = {way: pairs(record, way, "stock_labels", BIG).get(frames) for way in ways}
-    return {way: (a["peak_bytes"]/b["peak_bytes"], a["step_ms"]/b["step_ms"]) for way, (a, b) in ((w, p) for w, p in found.items() if p)}
+    return {way: (a["peak_bytes"]/b["peak_bytes"], fast_ms(a)/fast_ms(b)) for way, (a, b) in ((w, p) for w, p in found.items() if p)}
 
 @drawn
 def levers_figure(record:dict) -> Figure:
-    "Memory and time of each lever alone, and of all together, over those of stock with logits at labels: below 1 is a gain."
+    "Memory and fastest step of each lever alone, and of all together, over those of stock with logits at labels: below 1 is a gain."
     rows = sorted(lever_pairs(record).items(), key=lambda row: -row[1][1])
-    figure, axes = canvas(COLUMN, 1. + .16*len(rows), columns=2, sharey=True)
+    figure, axes = canvas(COLUMN, .5 + .095*len(rows), columns=2, sharey=True)
     for ax, column, what in ((axes[0], 0, "peak memory"), (axes[1], 1, "time")):
         colors = [PALETTE[0] if way.startswith("ours") else ".6" for way, _ in rows]
+        ax.tick_params(axis="y", labelsize="small")
         ax.barh([way for way, _ in rows], [r[column] for _, r in rows], color=colors)
         ax.axvline(1, color=".2", lw=.8)
         ax.set(xlabel=f"{what} / stock")

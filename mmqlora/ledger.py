@@ -43,6 +43,18 @@ def _register():
 
 _register()
 
+# %% ../nbs/08g_ledger.ipynb #5d1c07b1
+_HEADS = {"scaled_dot_product": -3, "_flash_attention": -2, "_efficient_attention": -2}     # operation -> where its heads are
+
+def _ungrouped(func, args) -> tuple:
+    "Arguments of an attention with a head of keys and values for each of the queries', in shape alone; others as they are."
+    axis = next((a for name, a in _HEADS.items() if name in func.__name__), None)
+    first = 1 if "backward" in func.__name__ else 0                    # the gradient comes first
+    if axis is None or not all(torch.is_tensor(t) for t in args[first:first + 3]): return args
+    heads = args[first].shape[axis]
+    def repeated(t): return t.new_empty(*t.shape[:axis], heads, *t.shape[axis + 1:], device="meta")
+    return (*args[:first + 1], *map(repeated, args[first + 1:first + 3]), *args[first + 3:])
+
 # %% ../nbs/08g_ledger.ipynb #c31c759a
 def _blocks(size:int) -> int: return -(-size//512)*512
 
@@ -86,7 +98,7 @@ def _count(self:Ledger, func, args, kwargs, out, tensors):
     self.launches += not self.recording
     self.moved += sum(t.numel()*t.element_size() for t in tensors if t.is_meta == self.imagined)
     formula = flop_registry.get(func.overloadpacket)
-    if formula: self.flops += formula(*args, **kwargs, out_val=out)
+    if formula: self.flops += formula(*_ungrouped(func, args), **kwargs, out_val=out)
     self.note(_scratch(func, args) if self.imagined else 0, str(func))
 
 def _see(self:Ledger, tensor):

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -19,7 +20,7 @@ from transformers import AutoConfig
 
 from .benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
 from .core import InputError
-from .leases import lease_of, measured
+from .leases import fast_ms, lease_of, measured
 from .ledger import counted, free_memory, held, in_host, step_bytes
 from .overhead import method_model
 from .temporal import set_frame_signals
@@ -115,19 +116,19 @@ def graph_bytes(model, tokens:int) -> int:
 # %% ../nbs/12d_planner.ipynb #68ea89b2
 @dataclass(frozen=True)
 class Calibration:
-    "Speed of a machine: datasheet-like ceilings, and the factor between bound and truth."
+    "Speed of a machine: ceilings of its card, what its host needs, and how far both stay behind."
     flops: float = 790e12            # Per second, measured with a large bf16 product on an H100 or H200
     bytes: float = 3.0e12            # Per second, measured with a large copy on an H100
-    call: float = 25e-6              # Seconds the host needs per operation, Python and autograd included
-    factor: float = 1.2
+    call: float = 25e-6              # Seconds the host needs per operation, Python and autograd included, of an H100's
+    factor: float = 1.
 
-    def bound(self, flops:int, moved:int, calls:int) -> float:
-        card, host = flops/self.flops + moved/self.bytes, calls*self.call
-        return (card**4 + host**4)**.25                                 # near the larger one; both equal: 19 % more
-    def seconds(self, p:Prediction) -> float: return self.factor*self.bound(p.flops, p.moved, p.calls)
+    def card(self, p) -> float: return p.flops/self.flops + p.moved/self.bytes
+    def seconds(self, p) -> float: return self.factor*(self.card(p)**4 + (p.calls*self.call)**4)**.25      # near the larger one; both equal: 19 % more
 
 def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Calibration:
-    "The machine on which the step of `p` took `seconds`."
+    "The machine on which the step of `p` took `seconds`: what its host needs per operation if the step waited for it, else how far card and host stay behind."
+    host = max(0., (seconds/card.factor)**4 - card.card(p)**4)**.25
+    if host > card.card(p): return replace(card, call=host/p.calls)
     return replace(card, factor=card.factor*seconds/card.seconds(p))
 
 # %% ../nbs/12d_planner.ipynb #e5e77235
@@ -142,21 +143,20 @@ def compare(cells:dict, known=(), leases=()) -> list[dict]:
         if cell["kind"] == "count" and measured(cell): counts[_counted(cell)] = cell["flops"]
         if cell["kind"] not in ("step", "gated", "repeat") or not measured(cell) or cell.get("cached"): continue
         row = out[name] if name in out else out.setdefault(name, _row(name, cell))
-        bound = 1000*Calibration().bound(row["flops"], row["moved"], row["calls"])
-        row |= dict(measured_peak=cell["peak_bytes"], measured_ms=cell["step_ms"], bound_ms=round(bound, 2), lease=lease_of(cell, leases))
+        row |= dict(measured_peak=cell["peak_bytes"], measured_ms=cell["step_ms"], fast_ms=fast_ms(cell), lease=lease_of(cell, leases))
     for name, row in out.items(): row["measured_flops"] = counts.get(_counted(cells[name]))
     return timed(list(out.values()))
 
 def _counted(cell:dict) -> tuple: return *(cell.get(k) for k in ("model", "way", "frames")), cell.get("rank", 16), cell.get("gate", "none")
 
 def timed(rows:list[dict]) -> list[dict]:
-    "`rows` with `predicted_ms`, by the one step of each lease that calibrates (the first of `stock_labels`); without such a step there is none."
-    ones = {}
+    "`rows` with `predicted_ms`, to be compared with `fast_ms`, by the one step of each lease that calibrates (the first of `stock_labels`); without one there is none."
+    ones, counts = {}, lambda row: SimpleNamespace(**row)
     for row in rows:
         if row["cell"].split("/")[2] == "stock_labels" and not row["cell"].startswith("gated"): ones.setdefault(row["lease"], row)
     for row in rows:
         one = ones.get(row["lease"])
-        row |= dict(calibrates=row is one, predicted_ms=round(row["bound_ms"]*one["measured_ms"]/one["bound_ms"], 2) if one else None)
+        row |= dict(calibrates=row is one, predicted_ms=round(1000*calibrate(counts(one), one["fast_ms"]/1000).seconds(counts(row)), 2) if one else None)
     return rows
 
 

@@ -7,24 +7,24 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'GPU_PLAN', 'GPU_ADDED', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
            'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LEASES', 'LOST', 'IN_SHORT', 'KEY',
            'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED',
-           'TABLES', 'STEP_TARGETS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results',
-           'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
-           'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'Lease', 'lease_of',
-           'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict', 'metric_macros',
-           'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros',
-           'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws', 'law_lease',
-           'gpu_laws', 'percent', 'law_macros', 'processor_macros', 'measured', 'planner_errors', 'planner_delays',
-           'gate_macros', 'efficiency_macros', 'names_of', 'late_runs', 'late_parts', 'gpu_macros', 'lease_macros',
-           'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table',
-           'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table', 'long', 'retrieval_table',
-           'ood_table', 'cost_table', 'significance_table', 'extended_table', 'interactions_table', 'marks_of',
-           'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table', 'abilities_table', 'processor_table',
-           'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table', 'methodsteps_table',
-           'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table',
-           'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table', 'provenance_table',
-           'target_rows', 'targets_table', 'laws_table', 'errors_table', 'kinds_table', 'examples_table',
-           'all_laws_figure', 'markdown_table', 'verdicts_markdown', 'results_markdown', 'fresh_folder', 'macros_tex',
-           'write_report', 'check_keys']
+           'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
+           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number',
+           'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'Lease',
+           'lease_of', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict',
+           'metric_macros', 'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
+           'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
+           'law_lease', 'gpu_laws', 'percent', 'law_macros', 'processor_macros', 'joined_macros', 'measured',
+           'planner_errors', 'planner_delays', 'gate_macros', 'pair_macros', 'efficiency_macros', 'names_of',
+           'late_runs', 'late_parts', 'gpu_macros', 'lease_macros', 'by_corruption', 'beyond_macros', 'error_macros',
+           'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table',
+           'ranks_table', 'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
+           'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table',
+           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
+           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table',
+           'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections',
+           'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table', 'errors_table',
+           'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
+           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -39,10 +39,11 @@ import numpy as np
 from .config import Params, load_params, run_config, under
 from .core import InputError, content_hash, read_json, repo_path, write_text
 from .figures import (BASELINES, BASIC, BIG, FEW, FEWEST, GATES, MEASURES, METHODS, RANKS, REFERENCE, SELECTORS, SPLITS, UNGATED, contact_figure, effective_ranks, gallery_figure, gatemap_figure, spectra_figure,
-                             differing, efficiency_figure, gates_figure, kib, laws_figure, levers_figure, main_figure, pareto_figure, planner_figure, save_figure,
+                             differing, efficiency_figure, gates_figure, kib, laws_figure, lever_pairs, levers_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import FIRST, KINDS, error_counts, first_errors
 from .leases import is_step, latest, pairs
+from .leases import lease_of as session_of
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
 from .statistics import cohens_d, over_seeds, seeded_contrast
@@ -115,6 +116,7 @@ class Files:
     draws: int = 200                                  # Bootstrap laws
     gpu_tune: dict|None = None                        # results/gpu-tune.json
     others: dict = field(default_factory=dict)        # name of another lease of the tier gpu -> its run -> result record: another base, perhaps other rates
+    joined: dict = field(default_factory=dict)        # results/benchmarks/merged.json
 
 # %% ../nbs/14a_report.ipynb #5b20d6fe
 class Evidence(Files):
@@ -182,7 +184,7 @@ def load_lease(folder) -> dict:
     return _ordered({p.stem: _whole(read_json(p), p.stem, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))})
 
 # %% ../nbs/14a_report.ipynb #a43ea011
-def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json", gpu_tune="results/gpu-tune.json") -> Evidence:
+def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json", joined="results/benchmarks/merged.json", gpu_tune="results/gpu-tune.json") -> Evidence:
     "Read all that the report needs; whatever is missing is an `InputError` that names it."
     params = load_params()
     weights = repo_path(base, "model.safetensors")
@@ -193,7 +195,7 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
     sizes = {b: read_json(repo_path(b, "log.json"))["params"] for b in sorted({r["config"]["base"] for r in records.values()})}
     return Evidence(tier, params, records, sizes=sizes, contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
                     base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), others={name: found for name in LEASES if (found := load_lease(f"results/gpu-{name}"))},
-                    cpu=read_json(repo_path(cpu)), gpu_tune=read_json(repo_path(gpu_tune)) if repo_path(gpu_tune).is_file() else None, **read)
+                    cpu=read_json(repo_path(cpu)), joined=read_json(repo_path(joined)), gpu_tune=read_json(repo_path(gpu_tune)) if repo_path(gpu_tune).is_file() else None, **read)
 
 # %% ../nbs/14a_report.ipynb #5716c83c
 def decimals(metric:str) -> int:
@@ -607,6 +609,16 @@ def processor_macros(e:Evidence) -> dict:
     return {f"cpu.{run}.{k}": v for run, c in e.cpu["costs"].items() for k, v in
             dict(of_plain=number(c["of_plain"], 2), of_plain_lean=number(c["of_plain_lean"], 2), total_mib=mib(c["ways"]["lean"]), stock_mib=mib(c["ways"]["stock"])).items()}
 
+def joined_macros(e:Evidence) -> dict:
+    "merged.<run>.<beside, merged>.<exact, rate>: captions of trained adapters before and after merging, means over seeds; merged.<error, same>: over all of them."
+    every = [s for seeds in e.joined.get("merged", {}).values() for s in seeds]
+    out = {f"merged.{k}": percent(float(np.mean([s[name] for s in every])) if every else None) for k, name in (("error", "merge_error"), ("same", "same"))}
+    for run, seeds in e.joined.get("merged", {}).items():
+        for way in ("beside", "merged"):
+            exact, rate = (float(np.mean([s[way][k] for s in seeds])) for k in ("exact", "captions_per_s"))
+            out |= {f"merged.{run}.{way}.exact": number(exact), f"merged.{run}.{way}.rate": number(rate, 0)}
+    return out
+
 # %% ../nbs/14a_report.ipynb #9bb676ed
 LEAN = ("ours_small", "ours_least", "ours")           # the leanest way that was measured stands for `lean`
 
@@ -623,10 +635,10 @@ def _of_kind(e:Evidence, *kinds) -> list[dict]:
     "The cells of these kinds that were measured."
     return [c for c in e.efficiency["cells"].values() if c["kind"] in kinds and "error" not in c]
 
-def planner_delays(e:Evidence, way:str="") -> np.ndarray:
-    "Predicted over measured time, minus one, of every step (of a way) but those that calibrate a lease."
+def planner_delays(e:Evidence, way:str="", key:str="fast_ms") -> np.ndarray:
+    "Predicted over measured time of the fastest step (`key`: or of the median one), minus one, of every run (of a way) but those that calibrate a lease."
     rows = [p for p in e.efficiency["predictions"] if p.get("predicted_ms") and not p["calibrates"]]
-    return np.array([p["predicted_ms"]/p["measured_ms"] - 1 for p in rows if way in p["cell"]])
+    return np.array([p["predicted_ms"]/p[key] - 1 for p in rows if way in p["cell"]])
 
 # %% ../nbs/14a_report.ipynb #a7e4aa49
 def gate_macros(e:Evidence) -> dict:
@@ -644,14 +656,23 @@ def gate_macros(e:Evidence) -> dict:
     for way in ("stock_labels", "liger", "blocks", "ours", "ours_graphs"):
         c = steps.get(way, {})
         out |= {f"eff.two.{way}.ms": number(c.get("step_ms"), 0), f"eff.two.{way}.gib": number(c["peak_bytes"]/2**30 if c else None, 2)}
-    idefics = {c["way"]: c for c in _of_kind(e, "repeat") if c["model"] == "idefics-9b"}
-    for name, key in (("time", "step_ms"), ("memory", "peak_bytes")): out[f"eff.idefics.{name}"] = number(idefics["ours"][key]/idefics["stock_labels"][key] if len(idefics) == 2 else None, 2)
+    return out
+
+def pair_macros(e:Evidence) -> dict:
+    "eff.<idefics, videollama>.<time, memory>: ours over stock_labels in the last lease that has both; eff.lever.<way>.<time, memory>: the same for a lever alone on the large model."
+    out = {}
+    for short, model in (("idefics", "idefics-9b"), ("videollama", "video-llama3-7b")):
+        ours, stock = next(iter(pairs(e.efficiency, "ours", "stock_labels", model).values()), (None, None))
+        out |= {f"eff.{short}.{name}": number(ours and ours[key]/stock[key], 2) for name, key in (("time", "step_ms"), ("memory", "peak_bytes"))}
+    levers = lever_pairs(e.efficiency)
+    for way in ("windows", "tower", "blocks", "embeddings"): out |= {f"eff.lever.{way}.{name}": number(levers.get(way, (None, None))[i], 2) for i, name in enumerate(("memory", "time"))}
     return out
 
 # %% ../nbs/14a_report.ipynb #02ce79a7
 def efficiency_macros(e:Evidence) -> dict:
     "eff.<way>.<frames>.<gib, s> of the large model; eff.less, eff.faster: stock (logits at labels) over lean; eff.gradient.*, eff.planner.*."
-    out = {"eff.gpu": e.efficiency["hardware"].get("gpu", "a GPU"), "eff.cells": str(len(step_cells(e.efficiency["cells"], None)))}
+    best = measured(e, "lean", 32) or {}
+    out = {"eff.gpu": best.get("gpu") or "a GPU", "eff.cells": str(len(step_cells(e.efficiency["cells"], None)))}
     for way in ("stock", "stock_labels", "ours", "lean"):
         for frames in (32, 64, 128, 512):
             c = measured(e, way, frames)
@@ -669,7 +690,10 @@ def efficiency_macros(e:Evidence) -> dict:
     out |= {"eff.planner.stock.n": str(len(stock)), "eff.planner.stock.worst": percent(float(abs(stock).max()) if len(stock) else None)}
     out["eff.planner.calibrations"] = str(sum(bool(p.get("calibrates")) for p in e.efficiency["predictions"]))
     out |= {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": percent(float(abs(late).max()) if len(late) else None), "eff.packed": number(max(packed, default=None), 2), "eff.packed.least": number(min(packed, default=None), 2)}
-    out |= gate_macros(e)
+    out |= gate_macros(e) | pair_macros(e)
+    late, medians = abs(late), abs(planner_delays(e, key="measured_ms"))
+    out |= {"eff.planner.time.outside": str((late > .25).sum()), "eff.planner.time.within": str((late <= .25).sum()), "eff.planner.time.medians": str((medians > .25).sum()),
+            "eff.planner.time.typical": percent(float(np.median(late)) if len(late) else None)}
     out["eff.errors"] = str(len(e.efficiency.get("errors", {})))
     return out | {"eff.planner.n": str(len(errors)), "eff.planner.median": percent(float(np.median(errors))), "eff.planner.worst": percent(float(errors.max()))}
 
@@ -763,7 +787,7 @@ def macros(e:Evidence) -> dict:
     new = {k: v for k, v in _absent().items() if k.startswith(("diff.", "told.", "outcome.", "more."))}
     own = new | diff_macros(e.tested[e.tier] + e.added[e.tier]) | more_macros(e.doubled[e.tier]) | ood_macros(e.records)
     return merged(metric_macros(e.records), cost_macros(e.records), own, claim_macros(e), verdict_macros(e), error_macros(e.records),
-                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), gpu_macros(e), *(lease_macros(e, name) for name in LEASES), beyond_macros(e.records))
+                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), joined_macros(e), gpu_macros(e), *(lease_macros(e, name) for name in LEASES), beyond_macros(e.records))
 
 # %% ../nbs/14a_report.ipynb #8381e342
 def _line(cells) -> str: return " & ".join(cells) + r" \\"
@@ -1030,8 +1054,11 @@ def _steps(cells, names:dict) -> str:
     return tabular("l"*len(names) + "rr", [[*names, "Peak GiB", "ms/step"]], [row(c) for c in cells])
 
 def efficiency_table(e:Evidence) -> str:
-    "Peak and time of a step, stock and ours, by model and frames."
+    "Peak and time of a step, stock and ours, by model and frames, on the card that measured last."
     cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED] + [c for c in latest(e.efficiency["cells"]).values() if c.get("oom")]
+    cards = {(c["model"], c["frames"]): c.get("gpu") for c in e.efficiency["cells"].values() if is_step(c)}                # the last one counts
+    beside = {c["model"] for c in _of_kind(e, "liger")}                                                                   # whose steps are in `methodsteps_table`
+    cells = [c for c in cells if c["model"] not in beside and c.get("gpu") == cards.get((c["model"], c["frames"]), c.get("gpu"))]
     cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c.get("peak_bytes", 0)))
     return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]) if "tokens" in c else "--", "Step": lambda c: run_name(c["way"]),
                           "Card": lambda c: str(c.get("gpu")).split()[1] if len(str(c.get("gpu")).split()) > 1 else "--"})
@@ -1046,9 +1073,10 @@ def levers_table(e:Evidence) -> str:
 def _or_none(rows:list, columns:str, header:list) -> str: return tabular(columns, [header], rows) if rows else tabular("l", [["Measured"]], [["nothing yet"]])
 
 def gatecost_table(e:Evidence) -> str:
-    "A step with each kind of gate over one of plain QLoRA, in time and peak."
-    def row(c, gate): return [run_name(c["way"]), "none" if gate == "none" else gate, count(c["steps"][gate]["step_ms"]), *(number(c["steps"][gate].get(k), 3) for k in ("time_ratio", "fast_ratio", "memory_ratio"))]
-    return _or_none([row(c, gate) for c in _of_kind(e, "gates") for gate in c["steps"]], "llrrrr", ["Step", "Gate", "ms/step", "Time", "Fastest", "Peak"])
+    "A step with each kind of gate over one of plain QLoRA, in time and peak, of each way what was measured last."
+    def row(c, gate): return [run_name(c["way"]), gate, count(c["steps"][gate]["step_ms"]), *(number(c["steps"][gate].get(k), 3) for k in ("time_ratio", "fast_ratio", "memory_ratio"))]
+    cells = {c["way"]: c for c in latest(e.efficiency["cells"]).values() if c["kind"] == "gates"}.values()
+    return _or_none([row(c, gate) for c in cells for gate in c["steps"] if gate != "none"], "llrrrr", ["Step", "Gate", "ms/step", "Time", "Fastest", "Peak"])
 
 def methodsteps_table(e:Evidence) -> str:
     "A step of each method on the same 4-bit model; and of one lease, stock, with Liger's kernels, and ours, eager and as CUDA graphs."
@@ -1061,7 +1089,8 @@ def captionrates_table(e:Evidence) -> str:
     "Captions per second of 4-bit models: adapter beside the weights or merged, frames, cache."
     def row(c): return [c["gpu"] and "GPU" or "CPU", c["model"].split("/")[-1], {"qlora": "beside"}.get(c["adapter"], c["adapter"]), str(c["frames"]), "yes" if c["cache"] else "no",
                         number(c["captions_per_s"], 1), count(round(c["peak_bytes"]/2**20))]
-    return _or_none([row(c) for c in _of_kind(e, "captions", "base")], "lllrlrr", ["Device", "Model", "Adapter", "$K$", "Cache", "Captions/s", "Peak MiB"])
+    cells = [c for c in _of_kind(e, "captions", "base") if c["kind"] == "captions" or c["frames"] == 8]     # with fewer frames, the text tells of trained ones
+    return _or_none([row(c) for c in cells], "lllrlrr", ["Device", "Model", "Adapter", "$K$", "Cache", "Captions/s", "Peak MiB"])
 
 # %% ../nbs/14a_report.ipynb #59bb8633
 def gpu_table(e:Evidence) -> str:
@@ -1190,15 +1219,26 @@ def _worst(values) -> float|None: return max(map(abs, values), default=None)
 STEP_TARGETS = {32: (6, .4), 64: (7.5, .8), 128: (10, 1.5), 512: (24, None)}           # frames -> GiB, seconds: one way must keep both in one lease
 
 def _step_rows(e:Evidence, frames:int, limits:tuple) -> list[tuple]:
-    "Rows of the way of `LEAN` that comes nearest to both limits, in whichever lease, with its card; reserved: with what the allocator holds beside it."
+    "Rows of the way of `LEAN` that keeps best to both limits, of the last lease that has one, with its card; in brackets, what the allocator holds at most."
     def sizes(c): return c["peak_bytes"]/2**30, c["step_ms"]/1000
     cells = [c for c in e.efficiency["cells"].values() if is_step(c, BIG) and c["frames"] == frames and c["way"] in LEAN]
+    cells = [c for c in cells if session_of(c, e.efficiency.get("leases", [])) == session_of(cells[-1], e.efficiency.get("leases", []))]
     best = min(cells, key=lambda c: max(v/most for v, most in zip(sizes(c), limits) if most), default=None)
     peak, seconds = sizes(best) if best else (None, None)
     name, held = f"{frames} frames, {run_name(best['way'])}, {(best.get('gpu') or 'no card').split()[1]}: " if best else f"{frames} frames: ", best and best.get("reserved_bytes")
-    return [(name + "peak", limits[0], peak, "GiB"), (name + "reserved", None, held and held/2**30, "GiB"), (name + "time", limits[1], seconds, "s")]
+    return [(name + "peak", limits[0], peak, f"GiB ({held/2**30:.1f})" if held else "GiB"), (name + "time", limits[1], seconds, "s")]
 
 # %% ../nbs/14a_report.ipynb #548118e1
+OTHERS = ("idefics-9b", "video-llama3-7b", "qwen2-vl-2b")
+
+def _other_rows(e:Evidence) -> list[tuple]:
+    "Rows of the other models, of packed clips (the last lease that has them) and of the tier cpu."
+    found = [pair for model in OTHERS for pair in pairs(e.efficiency, "ours", "stock_labels", model).values()]
+    packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "/ours_small/" in name]
+    return [*((f"{len(OTHERS)} other models, worst {name} over stock's", 1, max((a[key]/b[key] for a, b in found), default=None), "") for name, key in (("peak", "peak_bytes"), ("time", "step_ms"))),
+            ("packed clips, time over the floor", 2.5, packed[-1] if packed else None, ""),
+            ("tier cpu, worst time over plain PyTorch's", 1.1, max((c["of_plain"] for c in e.cpu["costs"].values()), default=None), "")]
+
 def target_rows(e:Evidence) -> list[tuple]:
     "(target, limit, measured, unit) of the low-memory step and of the planner; None: not measured."
     gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c and "ours" in c), {})
@@ -1208,7 +1248,7 @@ def target_rows(e:Evidence) -> list[tuple]:
     counts = [p["flops"]/p["measured_flops"] - 1 for p in e.efficiency["predictions"] if p.get("measured_flops")]
     counts += [row["planned"]/row["counted"] - 1 for row in e.efficiency.get("operations", []) if row["counted"]]
     rows = [row for limits in STEP_TARGETS.items() for row in _step_rows(e, *limits)]
-    return rows + [("gradient error over stock's, 16 bits", 1.2, _worst(off), ""), ("gate per rank, time it adds", .03, gates["rank"]["time_ratio"] - 1 if "rank" in gates else None, ""),
+    return rows + _other_rows(e) + [("gradient error over stock's, 16 bits", 1.2, _worst(off), ""), ("gate per rank, time it adds", .03, gates["rank"]["time_ratio"] - 1 if "rank" in gates else None, ""),
                    ("gate per rank, kernels' time it adds", .03, kernels["rank"]/kernels["none"] - 1 if {"rank", "none"} <= set(kernels) else None, ""),
                    ("planner, worst peak", .05, _worst(planner_errors(e)), ""), ("planner, worst time", .25, _worst(planner_delays(e)), ""), ("planner, worst operations", .02, _worst(counts), "")]
 
@@ -1217,7 +1257,7 @@ def targets_table(e:Evidence) -> str:
     def row(name, limit, found, unit):
         if found is None: return [name, "--" if limit is None else f"{limit:g} {unit}".strip(), "--", "--", "not measured"]
         if limit is None: return [name, "--", f"{found:.3g} {unit}", "--", "reported"]
-        return [name, f"{limit:g} {unit}".strip(), f"{found:.3g} {unit}".strip(), number(found/limit, 2), "yes" if found <= limit else "no"]
+        return [name, f"{limit:g} {unit.split(' ')[0]}".strip(), f"{found:.3g} {unit}".strip(), number(found/limit, 2), "yes" if found <= limit else "no"]
     return tabular("lrrrl", [["Target", "At most", "Measured", "Ratio", "Met"]], [row(*r) for r in target_rows(e)])
 
 TABLES["targets"] = targets_table

@@ -85,7 +85,7 @@ def test_the_rates_that_were_tried_hold_a_loss_for_every_value_of_the_grid(name,
     assert not chosen or record["chosen"]
 
 
-@pytest.mark.parametrize("name, keys", [("cpu", ("costs", "rates")), ("decode", ("decoding", "seeking"))])
+@pytest.mark.parametrize("name, keys", [("cpu", ("costs", "rates")), ("merged", ("merged",)), ("decode", ("decoding", "seeking"))])
 def test_benchmarks_hold_what_the_report_reads_and_where_they_were_made(name, keys):
     record = read_json(ROOT/f"results/benchmarks/{name}.json")
     assert {*keys, "code_version", "versions", "hardware"} <= set(record)

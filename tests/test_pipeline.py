@@ -56,7 +56,7 @@ def test_params_of_a_stage_exist(name):
         for part in key.replace("${profile}", "cpu").replace("${key}", "qlora").split("."): value = value[part]
 
 
-FROZEN = {"pretrain", "tune", "decode", "efficiency", "cpu", "gpu"}
+FROZEN = {"pretrain", "tune", "decode", "efficiency", "cpu", "merged", "gpu"}
 
 
 @pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n not in FROZEN])

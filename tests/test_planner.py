@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
 from mmqlora.benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
 from mmqlora.cli import app
 from mmqlora.core import InputError, read_json, repo_path
 from mmqlora.ledger import counted, held
-from mmqlora.planner import CANDIDATES, Calibration, Setting, calibrate, fits_or_raise, operations, plan, predict, timed
+from mmqlora.planner import CANDIDATES, Calibration, Prediction, Setting, calibrate, fits_or_raise, operations, plan, predict, timed
 
 SMALL = config_of("qwen2.5-vl-7b", small=True)
 
@@ -47,6 +47,25 @@ def test_operations_of_our_step_are_those_of_a_real_one(family):
     again = blocks*4*text.hidden_size*batch["input_ids"].shape[1]**2                      # without a flash kernel, attention runs once more for its gradient
     planned = predict(tiny_models.config(family), Setting(4, quantization="none", side=side))
     assert planned.flops == pytest.approx(real.flops - again, rel=.02)
+
+
+def sdpa_of_torch_2_11(q, k, v, *args, out_val=None, **kwargs):
+    "PyTorch's formula before it knew grouped heads: it refuses them."
+    assert q.shape[:2] == k.shape[:2] == v.shape[:2], "sdpa_flop_count: query/key/value shapes are incompatible"
+    return 4*q.shape[0]*q.shape[1]*q.shape[2]*k.shape[2]*q.shape[3]
+
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_grouped_heads_are_counted_whatever_this_torch_knows_of_them(heads, monkeypatch):
+    monkeypatch.setitem(flop_registry, FORWARD, sdpa_of_torch_2_11)
+    monkeypatch.setitem(flop_registry, BACKWARD, lambda grad, *args, **kwargs: sdpa_of_torch_2_11(*args, **kwargs)*5//2)
+    q, k, v = (torch.zeros(1, h, 6, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, heads, heads))
+    with counted(imagined=True) as c: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    assert c.flops == 3.5*4*4*6*6*8 and k.grad.shape == k.shape                             # two products forward, five backward, for each head of the queries
 
 
 def test_a_family_whose_inputs_are_unknown_is_an_error():
@@ -94,10 +113,13 @@ def test_where_the_rank_is_free_a_smaller_one_is_chosen_before_the_frames_are_gi
 
 def test_one_calibration_gives_seconds():
     p = predict(SMALL, setting())
-    bound = Calibration(factor=1.).seconds(p)
-    card = calibrate(p, 2*bound)
-    assert card.factor == pytest.approx(2) and card.seconds(p) == pytest.approx(2*bound)
-    assert bound < Calibration(factor=1., call=50e-6).seconds(p) < 2.01*bound
+    bound, card = Calibration().seconds(p), Calibration().card(p)
+    slow = calibrate(p, 2*bound)                                                            # a model this small waits for the host
+    assert slow.seconds(p) == pytest.approx(2*bound) and slow.call == pytest.approx(50e-6, rel=.01) and slow.factor == 1
+    large = replace(p, flops=10**15)
+    late = calibrate(large, 1.5)                                                            # this one for the card
+    assert late.seconds(large) == pytest.approx(1.5) and late.call == 25e-6 and late.factor == pytest.approx(1.5/Calibration().card(large))
+    assert card < bound < Calibration(call=50e-6).seconds(p) < 2.01*bound
 
 
 def test_the_command_line_plans(tmp_path):
@@ -123,17 +145,23 @@ def test_peaks_on_the_gpu_were_predicted_within_5_percent():
     assert max(map(abs, off.values())) < .05, sorted(off.items(), key=lambda item: -abs(item[1]))[:3]
 
 
-def test_after_one_calibration_a_lease_the_time_of_every_step_but_the_longest_of_stock_is_predicted_within_25_percent():
-    rows = timed([row for row in MEASURED.values() if row["measured_ms"]])
-    off = {row["cell"]: row["predicted_ms"]/row["measured_ms"] - 1 for row in rows if not row["calibrates"]}
-    assert len({row["lease"] for row in rows}) == sum(row["calibrates"] for row in rows) >= 3                # no step is without a calibration
-    assert len(off) == len(rows) - sum(row["calibrates"] for row in rows) >= 30
-    missed = {cell: part for cell, part in off.items() if abs(part) >= .25}             # the table of targets says so: `planner, worst time` is not met
-    assert [*missed] == ["step/qwen2.5-vl-7b/stock/512"] and abs(missed.popitem()[1]) < .3, missed         # 43 s and 90 GiB: stock beyond what one would run
+HOST = {"step/qwen2.5-vl-7b/head_host/32", "step/qwen2.5-vl-7b/stock/64", "step/qwen2.5-vl-7b/stock/512"}        # the table of targets says so: `planner, worst time` is not met
+
+
+def test_after_one_calibration_a_lease_the_time_of_steps_is_predicted_within_25_percent_but_for_three_that_wait_for_the_host():
+    rows = timed([row for row in MEASURED.values() if row["fast_ms"]])
+    off = {row["cell"]: row["predicted_ms"]/row["fast_ms"] - 1 for row in rows if not row["calibrates"]}
+    assert len({row["lease"] for row in rows}) == sum(row["calibrates"] for row in rows) >= 4                # no step is without a calibration
+    assert len(off) == len(rows) - sum(row["calibrates"] for row in rows) >= 70
+    assert {cell for cell, part in off.items() if abs(part) >= .25} == HOST
+    one = {row["lease"]: row for row in rows if row["calibrates"]}
+    for row in (row for row in rows if row["cell"] in HOST):                                # their host needed another time per operation than that of the run that calibrates
+        ours, theirs = (r["fast_ms"]/r["calls"] for r in (row, one[row["lease"]]))
+        assert abs(theirs/ours - 1) > .25 and row["calls"]*ours > 2*1000*Calibration().card(Prediction(None, 0, 0, 0, 0, 0, row["flops"], row["moved"], 0, 0))
 
 
 def test_a_lease_without_a_step_to_calibrate_on_promises_no_time():
-    row = lambda cell, lease: dict(cell=cell, lease=lease, bound_ms=10., measured_ms=15.)
+    row = lambda cell, lease: dict(cell=cell, lease=lease, flops=10**10, moved=10**6, calls=500, fast_ms=15.)
     rows = timed([row("step/m/stock_labels/32", "a"), row("step/m/ours/32", "a"), row("step/m/ours/32", "b")])
     assert [(r["calibrates"], r["predicted_ms"]) for r in rows] == [(True, 15.), (False, 15.), (False, None)]
 
@@ -148,5 +176,4 @@ def test_at_full_size_operations_are_those_that_pytorch_counts():
 
 def test_operations_counted_on_a_gpu_were_predicted_within_2_percent():
     rows = [row for row in MEASURED.values() if row["measured_flops"]]
-    if not rows: pytest.skip("no cell of kind count in the record")
-    assert max(abs(row["flops"]/row["measured_flops"] - 1) for row in rows) < .02
+    assert rows and max(abs(row["flops"]/row["measured_flops"] - 1) for row in rows) < .02
