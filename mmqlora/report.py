@@ -725,6 +725,7 @@ def late_parts(e:Evidence) -> dict[str, dict]:
     parts = {name: {r: x for r, x in records.items() if late.get(r) == name} for name, records in e.others.items() if REFERENCE in records}
     return {f"gpu, {name} lease": {REFERENCE: e.others[name][REFERENCE]} | part for name, part in parts.items() if part}
 
+# %% ../nbs/14a_report.ipynb #e1a7c3d7
 def _about_gpu(e:Evidence) -> dict:
     tested, late = e.tested["gpu"], late_runs(e)
     def seeds(records): return [len(r["config"]["seeds"]) for r in records.values() if r["config"]["steps"]]
