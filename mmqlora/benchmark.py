@@ -310,12 +310,12 @@ def gradient_cell(cell:dict, device:str, small:bool) -> dict:
 
 # %% ../nbs/12c_benchmark.ipynb #8ab64841
 def waits(kernels, most:int=15) -> list:
-    "The longest times for which a card had nothing to do: [ms, kernel before, kernel after], of (start, end, name) in microseconds."
+    "The longest times for which a card had nothing to do: [ms, kernel before, kernel after], of (start, end, name) in microseconds; all of them with `most=None`."
     found, busy, last = [], None, ""
     for start, end, name in sorted(kernels):
         if busy is not None and start > busy: found.append([round((start - busy)/1000, 3), last[:60], name[:60]])
         if busy is None or end > busy: busy, last = end, name
-    return sorted(found, reverse=True)[:most] + [[round(sum(f[0] for f in found), 3), "all", f"{len(found)}"]]
+    return sorted(found, reverse=True)[:most]
 
 # %% ../nbs/12c_benchmark.ipynb #8ab6484e
 def profiled(step, device:str) -> dict:
@@ -327,10 +327,11 @@ def profiled(step, device:str) -> dict:
         start = time.perf_counter(); step(); _sync(device)
         wall = 1000*(time.perf_counter() - start)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = [e for e in prof.key_averages() if not cuda or "CUDA" in str(e.device_type)]
+    def runs(e): return not cuda or "CUDA" in str(e.device_type) and not getattr(e, "is_user_annotation", False)      # what a card runs, no name of a region
+    events = [e for e in prof.key_averages() if runs(e)]
     top = sorted(events, key=lambda e: -getattr(e, key))[:30]
-    spans = [(e.time_range.start, e.time_range.end, e.name) for e in prof.events() if "CUDA" in str(e.device_type)]
-    return dict(wall_ms=wall, waits=waits(spans), kernel_ms=sum(getattr(e, key) for e in events)/1000, launches=sum(e.count for e in events),
+    idle = waits([(e.time_range.start, e.time_range.end, e.name) for e in prof.events() if runs(e)], None) if cuda else []
+    return dict(wall_ms=wall, waited_ms=round(sum(ms for ms, *_ in idle), 2) if cuda else None, waits=idle[:15], kernel_ms=sum(getattr(e, key) for e in events)/1000, launches=sum(e.count for e in events),
                 top=[[e.key[:100], e.count, round(getattr(e, key)/1000, 2)] for e in top])
 
 def profile_cell(cell:dict, device:str, small:bool) -> dict:

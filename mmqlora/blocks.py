@@ -419,7 +419,7 @@ def gates_of(plan:Plan, dtype) -> Gates:
     return plan.gates
 
 def gates_ahead(plan:Plan):
-    "The gates of a forward pass whose tower has just been launched: while its kernels run, the host has time. From the second batch on."
+    "The gates of a forward pass whose tower has just been launched: while its kernels run, the host has time."
     if plan.gated and plan.dtype and plan.state.layout.ids is not None and torch.is_grad_enabled(): gates_of(plan, plan.dtype)
 
 # %% ../nbs/09b_blocks.ipynb #1a957707

@@ -394,6 +394,7 @@ def blocks(model, plan:Plan) -> str:
     if fused:
         _fuse_last_norm(model)
         patch(base_of(model), lambda stock: lambda *args, **kwargs: plan.begin() or stock(*args, **kwargs))
+        plan.dtype = base_of(model).dtype                                # a guess; what the first layer sees is kept
         for tower in towers(model).values() if plan.gated else (): tower.register_forward_hook(lambda *_: gates_ahead(plan))
     return f"{fused} layers as blocks" + (f", {other} checkpointed ({', '.join(sorted(why))})" if other else "")
 

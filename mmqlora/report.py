@@ -10,7 +10,7 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
            'load_results', 'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number',
            'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'Lease',
-           'lease_of', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict',
+           'flaws', 'lease_of', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict',
            'metric_macros', 'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
            'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
            'law_lease', 'gpu_laws', 'percent', 'law_macros', 'processor_macros', 'joined_macros', 'measured',
@@ -32,6 +32,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from .figures import (BASELINES, BASIC, BIG, FEW, FEWEST, GATES, MEASURES, METHO
                              differing, efficiency_figure, gates_figure, kib, laws_figure, lever_pairs, levers_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import FIRST, KINDS, error_counts, first_errors
-from .leases import is_step, latest, pairs
+from .leases import fast_ms, is_step, latest, pairs
 from .leases import lease_of as session_of
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
@@ -324,10 +325,15 @@ class Lease:
     @property
     def marks(self) -> dict: return dict(lease=self.name, diverged=sum(diverged(self.records[r]) for r in self.runs))
 
+def flaws(found) -> tuple[bool, bool]:
+    "What speaks against a lease for these records: seeds that diverged; one method at several rates, which differ in more than they are compared for."
+    rates = {(r["config"]["method"], r["config"]["lr"]) for r in found if r["config"]["steps"]}
+    return any(map(diverged, found)), len(rates) > len({method for method, _ in rates})
+
 def lease_of(metric:str, runs, records:dict, others:dict={}) -> Lease|None:
-    "The first lease that has all runs, with two seeds or more and none that diverged; where all have lost some, the first that has them; None where none has."
+    "Of the leases that have all runs, with two seeds or more, the first with the least `flaws`; None where none has them."
     found = [Lease(name, made, tuple(runs)) for name, made in dict(this=records, **others).items() if _enough(made, metric, *runs)]
-    if found: return next((lease for lease in found if not lease.marks["diverged"]), found[0])
+    if found: return min(found, key=lambda lease: flaws([lease.records[r] for r in runs]))
     return Lease("this", records, tuple(runs)) if _has(records, metric, *runs) else None
 
 # %% ../nbs/14a_report.ipynb #552a2780
@@ -572,9 +578,9 @@ def laws(e:Evidence, records:dict, axes=tuple(AXES)) -> dict[str, ScalingFit]:
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d4
 def law_lease(e:Evidence, axis:str) -> str:
-    "The lease of a law of the tier gpu: of those with no seed of the axis that diverged, the first with the most sizes; `diverged` where all have some."
+    "The lease of a law of the tier gpu: of those with no seed of the axis that diverged, the first with one rate and the most sizes; `diverged` where all have some."
     found = {name: [records[r] for r in AXES[axis](records)] for name, records in dict(this=e.gpu, **e.others).items() if REFERENCE in records}
-    whole = {name: len(runs) for name, runs in found.items() if not any(map(diverged, runs))}
+    whole = {name: (not flaws(runs)[1], len(runs)) for name, runs in found.items() if not flaws(runs)[0]}
     return max(whole, key=whole.get) if whole else "diverged" if found else "this"
 
 def gpu_laws(e:Evidence) -> dict[str, ScalingFit]:
@@ -659,28 +665,28 @@ def gate_macros(e:Evidence) -> dict:
     return out
 
 def pair_macros(e:Evidence) -> dict:
-    "eff.<idefics, videollama>.<time, memory>: ours over stock_labels in the last lease that has both; eff.lever.<way>.<time, memory>: the same for a lever alone on the large model."
+    "eff.<idefics, videollama>.<time, memory>: ours over stock_labels in the last lease that has both, fastest steps; eff.lever.<way>.<time, memory>: the same for a lever alone on the large model."
     out = {}
     for short, model in (("idefics", "idefics-9b"), ("videollama", "video-llama3-7b")):
         ours, stock = next(iter(pairs(e.efficiency, "ours", "stock_labels", model).values()), (None, None))
-        out |= {f"eff.{short}.{name}": number(ours and ours[key]/stock[key], 2) for name, key in (("time", "step_ms"), ("memory", "peak_bytes"))}
+        out |= {f"eff.{short}.{name}": number(ours and of(ours)/of(stock), 2) for name, of in (("time", fast_ms), ("memory", itemgetter("peak_bytes")))}
     levers = lever_pairs(e.efficiency)
     for way in ("windows", "tower", "blocks", "embeddings"): out |= {f"eff.lever.{way}.{name}": number(levers.get(way, (None, None))[i], 2) for i, name in enumerate(("memory", "time"))}
     return out
 
 # %% ../nbs/14a_report.ipynb #02ce79a7
 def efficiency_macros(e:Evidence) -> dict:
-    "eff.<way>.<frames>.<gib, s> of the large model; eff.less, eff.faster: stock (logits at labels) over lean; eff.gradient.*, eff.planner.*."
+    "eff.<way>.<frames>.<gib, s> of the large model; eff.less, eff.faster: stock (logits at labels) over lean, fastest steps; eff.gradient.*, eff.planner.*."
     best = measured(e, "lean", 32) or {}
     out = {"eff.gpu": best.get("gpu") or "a GPU", "eff.cells": str(len(step_cells(e.efficiency["cells"], None)))}
     for way in ("stock", "stock_labels", "ours", "lean"):
         for frames in (32, 64, 128, 512):
             c = measured(e, way, frames)
             out |= {f"eff.{way}.{frames}.gib": number(c and c["peak_bytes"]/2**30, 2), f"eff.{way}.{frames}.s": number(c and c["step_ms"]/1000, 2)}
-    for name, key in (("less", "peak_bytes"), ("faster", "step_ms")):
+    for name, of in (("less", itemgetter("peak_bytes")), ("faster", fast_ms)):
         for frames in (32, 64, 128):
             lean, stock = next((p[frames] for way in LEAN if frames in (p := pairs(e.efficiency, way, "stock_labels", BIG))), (None, None))   # of one lease
-            out[f"eff.{name}.{frames}"] = number(lean and stock[key]/lean[key], 1)
+            out[f"eff.{name}.{frames}"] = number(lean and of(stock)/of(lean), 1)
     gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c), {})
     for name in ("stock_labels", *LEAN, "ours_graphs"): out[f"eff.gradient.{name}"] = percent(gradient.get(name, {}).get("error"))
     levers = [g["error"] for g in gradient.values() if isinstance(g, dict)]
@@ -716,41 +722,44 @@ def _absent() -> dict:
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d6
 def late_runs(e:Evidence) -> dict[str, str]:
-    "Run -> the first other lease that has it, of the runs that this lease has not."
-    return {run: name for name, records in reversed(e.others.items()) for run in records if run not in e.gpu}
+    "Run -> the other lease that has it with the least `flaws`, of the runs that this lease has not."
+    missing = {run for records in e.others.values() for run in records if run not in e.gpu}
+    return {run: lease_of("exact", (run,), {}, e.others).name for run in [*GPU_PLAN, *GPU_ADDED] if run in missing}
 
 def late_parts(e:Evidence) -> dict[str, dict]:
-    "`gpu, <name> lease` -> records of its late runs, after its reference run."
-    late = late_runs(e)
-    parts = {name: {r: x for r, x in records.items() if late.get(r) == name} for name, records in e.others.items() if REFERENCE in records}
-    return {f"gpu, {name} lease": {REFERENCE: e.others[name][REFERENCE]} | part for name, part in parts.items() if part}
+    "`gpu, <name> lease` -> its records of what is told from there, late runs and the runs of comparisons, after its reference run."
+    late, parts = late_runs(e), {}
+    for name, records in e.others.items():
+        told = {run for r in e.tested["gpu"] + e.added["gpu"] if r["lease"] == name for run in (r["a"], r["b"])} | {run for run in late if late[run] == name}
+        if told: parts[f"gpu, {name} lease"] = {REFERENCE: records[REFERENCE]} | {run: x for run, x in records.items() if run in told}
+    return parts
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d7
 def _about_gpu(e:Evidence) -> dict:
     tested, late = e.tested["gpu"], late_runs(e)
     def seeds(records): return [len(r["config"]["seeds"]) for r in records.values() if r["config"]["steps"]]
-    laws_in = {name: [axis for axis in SHORT if axis in e.laws.get("gpu", {}) and law_lease(e, axis) == name] for name in LEASES}
     about = dict(missing=names_of(r for r in GPU_PLAN if r not in e.gpu and r not in late), late=names_of(late), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED),
                  planned=len(GPU_PLAN), compared=len(tested), borrowed=sum(r["lease"] in LEASES for r in tested), seeds=max(seeds(e.gpu), default=0), fewest=min(seeds(e.gpu), default=0),
                  full=sum(n == max(seeds(e.gpu)) for n in seeds(e.gpu)), sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]),
-                 diverged=names_of(r for r, x in e.gpu.items() if diverged(x)), **{f"laws_{name}": "; ".join(axes) or "none" for name, axes in laws_in.items()},
+                 diverged=names_of(r for r, x in e.gpu.items() if diverged(x)),
                  **{f"{kind}_{name}": value(name) for name in LEASES for kind, value in (("borrowed", lambda n: sum(r["lease"] == n for r in tested)), ("late", lambda n: names_of(r for r in late if late[r] == n)))})
     return {f"gpu.{k}": str(v) for k, v in about.items()}
 
 def gpu_macros(e:Evidence) -> dict:
-    """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.lease.<run>: this, or the other lease whose numbers these are; gpu.<run>.diverged:
+    """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.lease.<run>: this, or the other lease whose numbers these are, and gpu.mark.<run> its mark; gpu.<run>.diverged:
     seeds that came to nothing. gpu.missing, late, diverged: names; gpu.n, added, planned, compared, borrowed (of other leases), seeds, fewest, full (runs with all seeds)."""
     late = late_runs(e)
     records = e.gpu | {run: e.others[name][run] for run, name in late.items()}
     made = _absent() | metric_macros(records) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(records) | beyond_macros(records) | error_macros(records)
-    made |= {f"lease.{run}": late.get(run, "this") for run in records} | {f"{run}.diverged": str(diverged(records[run])) if run in records else "n/a" for run in {*GPU_PLAN, *records}}
+    made |= {f"mark.{run}": LEASES.get(late.get(run), "") for run in {*GPU_PLAN, *records}} | {f"lease.{run}": late.get(run, "this") for run in records} | {f"{run}.diverged": str(diverged(records[run])) if run in records else "n/a" for run in {*GPU_PLAN, *records}}
     return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
 
 def lease_macros(e:Evidence, name:str) -> dict:
     "<name>.<run>.test.exact with its ends, <name>.diff.<a>.<b>.<metric>, <name>.told...: of another lease, within itself; n/a or `not run` where it lacks a run."
     records = e.others.get(name, {})
     made = _absent() | metric_macros(records) | diff_macros(comparisons(records, PLANNED | GPU_PLANNED | GPU_EXTENDED))
-    return {f"{name}.{k}": v for k, v in made.items() if k.startswith(("diff.", "told.", "outcome.")) or ".test.exact" in k}
+    lost = {f"{name}.diverged": names_of(run for run, record in records.items() if diverged(record))}
+    return lost | {f"{name}.{k}": v for k, v in made.items() if k.startswith(("diff.", "told.", "outcome.")) or ".test.exact" in k}
 
 # %% ../nbs/14a_report.ipynb #2529ab86
 def by_corruption(record:dict, measure:str="exact") -> dict[str, float]:
@@ -1233,11 +1242,11 @@ def _step_rows(e:Evidence, frames:int, limits:tuple) -> list[tuple]:
 OTHERS = ("idefics-9b", "video-llama3-7b", "qwen2-vl-2b")
 
 def _other_rows(e:Evidence) -> list[tuple]:
-    "Rows of the other models, of packed clips (the last lease that has them) and of the tier cpu."
+    "Rows of the other models, of packed clips (the worst lease) and of the tier cpu."
     found = [pair for model in OTHERS for pair in pairs(e.efficiency, "ours", "stock_labels", model).values()]
     packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "/ours_small/" in name]
-    return [*((f"{len(OTHERS)} other models, worst {name} over stock's", 1, max((a[key]/b[key] for a, b in found), default=None), "") for name, key in (("peak", "peak_bytes"), ("time", "step_ms"))),
-            ("packed clips, time over the floor", 2.5, packed[-1] if packed else None, ""),
+    return [*((f"{len(found)} other models, worst {name} over stock's", 1, max((of(a)/of(b) for a, b in found), default=None), "") for name, of in (("peak", itemgetter("peak_bytes")), ("time", fast_ms))),
+            ("packed clips, time over the floor", 2.5, max(packed, default=None), ""),
             ("tier cpu, worst time over plain PyTorch's", 1.1, max((c["of_plain"] for c in e.cpu["costs"].values()), default=None), "")]
 
 def target_rows(e:Evidence) -> list[tuple]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from mmqlora.config import load_params, read_yaml
-from mmqlora.core import read_json, repo_path, write_json
+from mmqlora.core import InputError, read_json, repo_path, write_json
 
 RATES, HERE = "artifacts/gpu/tune.json", "artifacts/gpu"
 
@@ -70,7 +70,7 @@ def collect(params, args):
     for run, m in scores.items(): print(f"{run:24} exact {m['value']:.3f}", [round(s, 3) for s in m["seeds"]])
     print("not complete:", *missing)
     tuned, log = (read_json(repo_path(HERE, p)) if repo_path(HERE, p).is_file() else None for p in ("tune.json", "base/log.json"))
-    if tuned: write_json(repo_path("results/gpu-tune.json"), tune_record(params, tuned["trials"], {k: tuned[k] for k in tuned if k not in ("trials", "chosen")}, log))
+    if tuned and args.into == "results/gpu": write_json(repo_path("results/gpu-tune.json"), tune_record(params, tuned["trials"], {k: tuned[k] for k in tuned if k not in ("trials", "chosen")}, log))
 
 
 def bench(params, args):
@@ -78,7 +78,9 @@ def bench(params, args):
     from mmqlora.benchmark import target_cells
     from mmqlora.overhead import gate_cells, lease
     todo = gate_cells()[:1] + target_cells() + gate_cells()[1:5]
-    lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=[c for c in todo if not args.only or {*args.only} & {str(v) for v in c.values()}])
+    ways = sorted({c["way"] for c in todo})
+    if unknown := {*(args.only or ())} - {*ways}: raise InputError("--only", f"no way '{min(unknown)}' to step", f"choose from: {', '.join(ways)}")
+    lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=[c for c in todo if not args.only or c["way"] in args.only])
 
 
 def _one_size(config, out, commit, file, *rest):

@@ -7,13 +7,14 @@
 # Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds; WAYS="WAY WAY": these ways to step); `quiet`, the same with
 # the machine to itself; `sizes`, bases of other sizes, beside `base` too;
 # `base`, corpus and base model (TUNE=yes: and learning rates);
-# `runs`, the queue (ONLY="RUN RUN": these runs; SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml). They end SECONDS after `start`. A second start goes on with what is missing.
+# `runs`, the queue (ONLY="RUN RUN": these runs). SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml, in every step (`scripts/gpu.py collect` at home wants the same as --set).
+# They end SECONDS after `start`, `quiet` included. A second start goes on with what is missing.
 # What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz.
 set -euo pipefail
 kept=${KEPT:-/tmp/mmqlora}; begin=$(date +%s); step=$1; cards=$(nvidia-smi -L 2> /dev/null | wc -l || true)
-export PYTHONPATH=$PWD:$kept/site SETS=${SETS:-profile=gpu} TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor
+export PYTHONPATH=$PWD:$kept/site SETS=${SETS:-} TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor
 mkdir -p $kept/site $kept/out
-gpu() { local log=$OUT/$1-$begin.log; python3 scripts/gpu.py "$@" --gguf $kept/SmolLM2-135M-Instruct.Q4_1.gguf 2>&1 | tee -a "$log"; }
+gpu() { local log=$OUT/$1-$begin.log; python3 scripts/gpu.py "$@" $(for each in $SETS; do echo --set $each; done) --gguf $kept/SmolLM2-135M-Instruct.Q4_1.gguf 2>&1 | tee -a "$log"; }
 watch() { nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader,nounits -l 10 >> "$OUT/cards-$begin.csv" & }
 
 unpack() {
@@ -48,7 +49,7 @@ share() {   # many small kernels of many processes at a time on a card, instead 
 
 sizes() { (share; sleep ${WAIT:-50}; export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu sizes --workers ${SMALL_RENDER:-10}) > /dev/null & }
 
-quiet() { CUDA_VISIBLE_DEVICES=0 gpu bench --deadline $((begin + ${BENCH:-280})) ${WAYS:+--only $WAYS}; }
+quiet() { CUDA_VISIBLE_DEVICES=0 gpu bench --deadline $((begin + ${BENCH:-280})) ${WAYS:+--only $WAYS} || true; }      # the queue goes on
 bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --deadline $((begin + ${BENCH:-280})) ${WAYS:+--only $WAYS}) > /dev/null & }
 
 base() {
@@ -62,7 +63,7 @@ base() {
 
 runs() {
   share
-  for attempt in 1 2; do gpu runs --deadline $deadline $(printf -- '--set %s ' $SETS) ${ONLY:+--only $ONLY}; done      # what failed, once more: it may have been memory
+  for attempt in 1 2; do gpu runs --deadline $deadline ${ONLY:+--only $ONLY}; done      # what failed, once more: it may have been memory
 }
 
 all() {   # in a session of its own: see start

@@ -59,9 +59,9 @@ AHEAD = [f"diff.{pair}" for pair in ("qlora-cover-k4.qlora-uniform-k4.exact", "q
                                      "qlora.qlora-text.exact", *(f"tqlora.{control}.exact" for control in CONTROLS))]
 NOT_AHEAD = ["diff.qlora-gradient.qlora.exact", "diff.qlora-joint.qlora.exact", "diff.qlora-eva.qlora.exact", "diff.qlora-entropy-ranks.qlora.exact",
              "diff.qlora-k16.qlora.exact", *(f"{lease}.diff.{pair}.exact" for lease in ("gpu", "earlier") for pair in ("qlora-gradient.qlora", "qlora-joint.qlora", "qlora-r64.qlora-r16")),
-             "gpu.diff.qlora-eva.qlora.exact", "gpu.diff.qlora-entropy-ranks.qlora.exact", "earlier.diff.qlora-r16.qlora.exact"]
+             "gpu.diff.qlora-eva.qlora.exact", "gpu.diff.qlora-entropy-ranks.qlora.exact", "gpu.diff.qlora-r16.qlora.exact"]
 OPEN = ["gpu.diff.qlora.lora.exact", "earlier.diff.tqlora.tqlora-scalar.exact", "earlier.diff.qdora.qlora.exact", "diff.qlora-large.qlora.exact"]
-UNSETTLED = ["gpu.diff.tqlora.tqlora-scalar.exact", "gpu.diff.qlora.qlora-uniform.exact", "gpu.diff.all-k4.tqlora-cover.exact", "gpu.diff.qlora-r16.qlora.exact"]     # over clips and seeds, whatever the registered test says
+UNSETTLED = ["gpu.diff.tqlora.tqlora-scalar.exact", "gpu.diff.qlora.qlora-uniform.exact", "gpu.diff.all-k4.tqlora-cover.exact", "second.diff.qlora-r16.qlora.exact"]     # over clips and seeds, whatever the registered test says
 GREATER = [                                           # the first value above the second
     *((f"{t}diff.qlora-cover-k4.qlora-uniform-k4.transient", f"{t}diff.qlora-cover-k4.qlora-uniform-k4.exact") for t in TIERS),
     *((f"{t}diff.tqlora.qlora-uniform-k4.transient", f"{t}diff.tqlora.qlora-uniform-k4.exact") for t in TIERS),
@@ -104,10 +104,10 @@ def test_what_the_text_cannot_tell_apart_is_not_apart(said, key): assert abs(sai
 def test_what_the_text_leaves_open_is_open_over_seeds(said, key): assert said[f"{key}.lo"] < 0 < said[f"{key}.hi"]
 
 
-def test_the_rate_of_rank_eight_is_too_high_for_more_ranks_and_not_in_other_leases(said):
+def test_the_rate_of_rank_eight_is_too_high_for_more_ranks_and_half_of_it_is_not(said):
     assert min(said[f"gpu.{run}.diverged"] for run in ("qlora-r16", "qlora-r64", "qlora-gradient")) > 0 == said["gpu.qlora.diverged"]
-    assert not any(diverged(record("gpu-earlier", run)) for run in ("qlora-r2", "qlora", "qlora-r16", "qlora-r64", "qlora-gradient", "qlora-joint"))
-    assert not any(diverged(record("gpu-second", run)) for run in ("qlora-r2", "qlora-r4", "qlora", "qlora-r16"))
+    lost = {lease: {run for run in (p.stem for p in (ROOT/"results"/lease).glob("*.json")) if diverged(record(lease, run))} for lease in ("gpu-second", "gpu-earlier")}
+    assert lost == {"gpu-second": {"qlora-k8"}, "gpu-earlier": {"prefix"}}        # rank eight at its edge; at half the rate no LoRA
 
 
 @pytest.mark.parametrize("more, less", GREATER)
