@@ -1254,12 +1254,10 @@ def target_rows(e:Evidence) -> list[tuple]:
     gradient = next((c for c in e.efficiency["cells"].values() if c["kind"] == "gradient" and "error" not in c and "ours" in c), {})
     off = [gradient[w]["error"]/gradient["stock_labels"]["error"] for w in LEAN if w in gradient]
     gates = {c["way"]: c["steps"] for c in _of_kind(e, "gates")}.get("ours_graphs", {})
-    kernels = {c["gate"]: c["kernel_ms"] for c in _of_kind(e, "gated_profile")}
     counts = [p["flops"]/p["measured_flops"] - 1 for p in e.efficiency["predictions"] if p.get("measured_flops")]
     counts += [row["planned"]/row["counted"] - 1 for row in e.efficiency.get("operations", []) if row["counted"]]
     rows = [row for limits in STEP_TARGETS.items() for row in _step_rows(e, *limits)]
     return rows + _other_rows(e) + [("gradient error over stock's, 16 bits", 1.2, _worst(off), ""), ("gate per rank, time it adds", .03, gates["rank"]["time_ratio"] - 1 if "rank" in gates else None, ""),
-                   ("gate per rank, kernels' time it adds", .03, kernels["rank"]/kernels["none"] - 1 if {"rank", "none"} <= set(kernels) else None, ""),
                    ("planner, worst peak", .05, _worst(planner_errors(e)), ""), ("planner, worst time", .25, _worst(planner_delays(e)), ""), ("planner, worst operations", .02, _worst(counts), "")]
 
 def targets_table(e:Evidence) -> str:

@@ -61,7 +61,7 @@ NOT_AHEAD = ["diff.qlora-gradient.qlora.exact", "diff.qlora-joint.qlora.exact", 
              "diff.qlora-k16.qlora.exact", *(f"{lease}.diff.{pair}.exact" for lease in ("gpu", "earlier") for pair in ("qlora-gradient.qlora", "qlora-joint.qlora", "qlora-r64.qlora-r16")),
              "gpu.diff.qlora-eva.qlora.exact", "gpu.diff.qlora-entropy-ranks.qlora.exact", "gpu.diff.qlora-r16.qlora.exact"]
 OPEN = ["gpu.diff.qlora.lora.exact", "earlier.diff.tqlora.tqlora-scalar.exact", "earlier.diff.qdora.qlora.exact", "diff.qlora-large.qlora.exact"]
-UNSETTLED = ["gpu.diff.tqlora.tqlora-scalar.exact", "gpu.diff.qlora.qlora-uniform.exact", "gpu.diff.all-k4.tqlora-cover.exact", "second.diff.qlora-r16.qlora.exact"]     # over clips and seeds, whatever the registered test says
+UNSETTLED = ["gpu.diff.tqlora.tqlora-scalar.exact", "gpu.diff.qlora.qlora-uniform.exact", "gpu.diff.all-k4.tqlora-cover.exact"]     # over clips and seeds, whatever the registered test says
 GREATER = [                                           # the first value above the second
     *((f"{t}diff.qlora-cover-k4.qlora-uniform-k4.transient", f"{t}diff.qlora-cover-k4.qlora-uniform-k4.exact") for t in TIERS),
     *((f"{t}diff.tqlora.qlora-uniform-k4.transient", f"{t}diff.tqlora.qlora-uniform-k4.exact") for t in TIERS),
@@ -124,7 +124,7 @@ def test_shuffling_takes_most_of_exact_match(said): assert said["qlora.test.exac
 def test_the_frozen_base_hears_as_well(said): assert abs(said["diff.qlora-sound.zeroshot-sound.sound"]) < .02
 
 
-def test_languages_of_the_tier_gpu_are_all_but_out_of_reach(said): assert max(said[f"gpu.{run}.test.languages"] for run in ("qlora-tasks", "full-tasks")) < .1
+def test_languages_of_the_tier_gpu_are_mostly_out_of_reach(said): assert said["gpu.qlora-tasks.test.languages"] < .05 and said["gpu.full-tasks.test.languages"] < .2
 
 
 def record(tier, run): return read_json(ROOT/"results"/tier/f"{run}.json")
