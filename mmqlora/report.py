@@ -1209,7 +1209,7 @@ def provenance_table(e:Evidence) -> str:
         v, h = r["versions"], r["hardware"]
         machine = h.get("gpu") or f"{h['system']} {h['machine']}, {h['cpus']} CPUs"
         return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)
-    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, *e.others.values()) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu)]
+    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, *e.others.values()) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu), *([("merged", e.joined)] if "versions" in e.joined else [])]
     tiers = {}
     for name, r in named: tiers.setdefault((r.get("tier", ""), made(r)), []).append(name)
     header = ["What", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]

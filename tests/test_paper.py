@@ -118,6 +118,10 @@ def test_selection_keeps_its_gain_out_of_domain(said):
     for tier in TIERS: assert said[f"{tier}ood.qlora-cover-k4.qlora-uniform-k4.exact.lo"] > 0
 
 
+@pytest.mark.parametrize("run", ["qlora-cover", "qlora-cover-k4", "qlora-cover-k2"])
+def test_captions_hardly_notice_merging(said, run): assert abs(said[f"merged.{run}.merged.exact"] - said[f"merged.{run}.beside.exact"]) < .02
+
+
 def test_shuffling_takes_most_of_exact_match(said): assert said["qlora.test.exact_disordered"] < said["qlora.test.exact"]/2
 
 
