@@ -42,10 +42,9 @@ def base(params, args):
 
 
 def tune(params, args):
-    from mmqlora.tier import chosen_rates, provenance, read_trials, run_queue, trials_of
-    jobs, about = trials_of(params), provenance(args.command, args.commit)
-    missing = run_queue(params, jobs, deadline=args.deadline, about=about, workers=args.workers)
-    trials = read_trials(jobs)
+    from mmqlora.tier import chosen_rates, provenance, run_trials
+    about = provenance(args.command, args.commit)
+    trials, missing = run_trials(params, deadline=args.deadline, about=about, workers=args.workers)
     write_json(repo_path(RATES), dict(trials=trials, chosen=chosen_rates(params, trials), missing=[j.key for j in missing], **about))
     print(yaml.safe_dump(read_json(repo_path(RATES))["chosen"]), *sorted(trials, key=str), sep="\n")
 

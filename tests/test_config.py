@@ -32,7 +32,7 @@ def test_the_file_of_this_repository_holds():
     (lambda p: p["runs"]["full"].update(gate="rank"), "a gate needs lora or qlora, not full"),
     (lambda p: p["frames"].update(selectors=["uniform"], sets={}), "is not in frames.selectors"),
     (lambda p: p["frames"].update(selectors=["uniform"]), "params.yaml: frames: Value error, sets.entropy: not in selectors, so nothing would be prepared for it; add 'entropy'"),
-    (lambda p: p["profiles"]["gpu"]["frames"].update(sets={"motion": [4]}) or p.update(profile="gpu"), "params.yaml: profiles.gpu: FramesConfig: Value error, sets.motion: not in selectors"),
+    (lambda p: p["profiles"]["gpu"]["frames"].update(sets={"adaptive": [4]}) or p.update(profile="gpu"), "params.yaml: profiles.gpu: FramesConfig: Value error, sets.adaptive: not in selectors"),
     (lambda p: p["corpus"].pop("root"), "params.yaml: corpus.root: Field required"),
 ])
 def test_a_wrong_value_is_named_with_its_place(tmp_path, change, message):

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mmqlora import tier
-from mmqlora.config import load_params
+from mmqlora.config import load_params, run_config
 from mmqlora.core import read_json, repo_path, write_json
 from mmqlora.report import check_record
 from mmqlora.grammar import vocabulary
-from mmqlora.tier import chosen_rates, collect, jobs_of, make_base, make_corpus, read_trials, run_queue, trials_of
+from mmqlora.tier import chosen_rates, collect, jobs_of, make_base, make_corpus, run_queue, run_trials
 
 CLIPS = {"train": 8, "dev": 8, "test": 8, "ood": 8}
 
@@ -96,10 +96,21 @@ def test_a_job_that_ran_out_of_memory_is_tried_once_more(params, capfd, monkeypa
 
 
 def test_rates_are_chosen_by_dev_loss(params):
-    jobs = trials_of(params)
-    assert len(jobs) == 2 and run_queue(params, jobs, workers=0) == []
-    trials = read_trials(jobs)
-    assert chosen_rates(params, trials) == {"gated": {"lr": min(trials, key=lambda t: t["loss"])["lr"]}}
+    trials, missing = run_trials(params, workers=0)
+    assert not missing and [t["seed"] for t in trials] == [params.tune.seed, params.tune.seed + 1]*2
+    mean = {lr: sum(t["loss"] for t in trials if t["lr"] == lr)/2 for lr in {t["lr"] for t in trials}}
+    lower = min(mean)
+    expected = lower if mean[lower] <= tier.SLACK*min(mean.values()) else max(mean)
+    assert chosen_rates(params, trials) == {"gated": {"lr": expected}}
+
+
+def test_gates_are_tried_with_the_rate_that_was_chosen_for_their_method(params, monkeypatch):
+    rates, grid = [], {"tqlora": {"gate_lr": [2.]}, "plain": {"lr": [1e-3, 1e-2]}}
+    params = params.model_copy(update={"gpu": params.gpu.model_copy(update={"grid": grid}), "runs": params.runs | {"plain": {}}})
+    monkeypatch.setattr(tier, "run_queue", lambda p, jobs, **kw: rates.append(run_config(p, "tqlora").lr) or [])
+    monkeypatch.setattr(tier, "read_trials", lambda jobs, out: [dict(run=j.run, seed=j.seed, loss=abs(v - 1e-2), **{f: v}) for j in jobs for f, v in j.change])
+    run_trials(params)
+    assert rates[0] == run_config(params, "tqlora").lr and rates[1] == 1e-2
 
 
 def test_another_base_model_makes_every_job_due_again(params):
