@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'MORE', 'WAYS', 'KINDS', 'BIG', 'shrink', 'config_of',
            'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
-           'stock', 'label_logits', 'set_up', 'clean', 'measure', 'stepper', 'step_cell', 'packed_cell',
-           'compare_gradients', 'gradient_cell', 'waits', 'profiled', 'profile_cell', 'count_cell', 'cells', 'name_of',
-           'target_cells', 'run_cell', 'efficiency', 'table_of', 'gap_to_floor']
+           'stock', 'label_logits', 'set_up', 'clean', 'stepper', 'watched', 'host_pulse', 'measure', 'step_cell',
+           'packed_cell', 'compare_gradients', 'gradient_cell', 'waits', 'profiled', 'profile_cell', 'count_cell',
+           'cells', 'name_of', 'target_cells', 'pulse_cells', 'run_cell', 'efficiency', 'table_of', 'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
-import gc, time, traceback
+import gc, resource, time, traceback
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -207,6 +207,8 @@ def set_up(model, way:str, **more):
     return loss, MasterAdamW(params, lr=1e-5) if half else torch.optim.AdamW(params, lr=1e-5, fused=True)
 
 # %% ../nbs/12c_benchmark.ipynb #b1c18b04
+def _dtype(device): return torch.bfloat16 if device == "cuda" else torch.float32
+
 def _sync(device):
     if device == "cuda": torch.cuda.synchronize()
 
@@ -219,18 +221,6 @@ def clean(device):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-def measure(step, device:str, warm:int=2, steps:int=5, limit_s:float=40.) -> dict:
-    "Peak bytes and milliseconds of `step()`; fewer steps if they take long, never fewer than two after the first."
-    before, times, begin = _memory(device, "memory_allocated"), [], time.perf_counter()
-    for n in range(warm + steps):
-        _sync(device); start = time.perf_counter()
-        loss = step()
-        _sync(device); times.append(1000*(time.perf_counter() - start))
-        first = loss if n == 0 else first                              # before any update: what all ways must agree on
-        if n >= 2 and time.perf_counter() - begin > limit_s: break
-    kept = times[warm:] if len(times) > warm + 1 else times[1:]
-    return dict(step_ms=round(median(kept), 2), step_ms_all=[round(t, 2) for t in times], peak_bytes=_memory(device), reserved_bytes=_memory(device, "max_memory_reserved"),
-                resident_bytes=before, loss=float(loss), first_loss=float(first))
 
 # %% ../nbs/12c_benchmark.ipynb #5d7dd680
 def stepper(loss, optimizer, batch):
@@ -243,9 +233,56 @@ def stepper(loss, optimizer, batch):
         return value.detach()
     return step
 
-# %% ../nbs/12c_benchmark.ipynb #9d18a98f
-def _dtype(device): return torch.bfloat16 if device == "cuda" else torch.float32
+# %% ../nbs/12c_benchmark.ipynb #7c1e02a2
+class watched:
+    "Milliseconds of what happens in this context: `wall`, `cpu` (of all threads), `gc` (Python's collector); `switches`: how often the host took the processor away."
+    def __init__(self, device:str): self.device = device
+    def _now(self): return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    def _collects(self, phase, info):
+        if phase == "start": self.since = time.perf_counter()
+        else: self.gc += 1000*(time.perf_counter() - self.since)
+    def __enter__(self):
+        gc.callbacks.append(self._collects)
+        self.gc = 0.
+        _sync(self.device); self.before = self._now()
+        return self
+    def __exit__(self, *error):
+        _sync(self.device); wall, cpu, switches = (now - before for now, before in zip(self._now(), self.before))
+        gc.callbacks.remove(self._collects)
+        self.wall, self.cpu, self.switches = 1000*wall, 1000*cpu, switches
 
+def host_pulse(device:str, times:int=4):
+    "A function that says how fast the host is now: milliseconds of a step too small for the card to matter, of a model set up as stock is."
+    model = build_model("qwen2.5-vl-7b", device, _dtype(device), small=True, quantization="none")
+    loss, optimizer = set_up(model, "stock_labels")
+    step = stepper(loss, optimizer, make_batch(model, 8, device, _dtype(device), 56))
+    def pulse() -> float:
+        with watched(device) as w:
+            for _ in range(times): step()
+        return w.wall/times
+    for _ in range(2): pulse()                                         # what is made once
+    return pulse
+
+
+# %% ../nbs/12c_benchmark.ipynb #7c1e02a4
+def measure(step, device:str, warm:int=2, steps:int=5, limit_s:float=40., pulse=None) -> dict:
+    "Peak bytes and milliseconds of `step()`; fewer steps if they take long, never fewer than two after the first. With `pulse` (`host_pulse`), how fast the host was before each and after the last."
+    before, seen, pulses, begin = _memory(device, "memory_allocated"), [], [], time.perf_counter()
+    for n in range(warm + steps):
+        if pulse: pulses.append(pulse())
+        with watched(device) as w: loss = step()
+        seen.append(w)
+        first = loss if n == 0 else first                              # before any update: what all ways must agree on
+        if n >= 2 and time.perf_counter() - begin > limit_s: break
+    if pulse: pulses.append(pulse())
+    times = [w.wall for w in seen]
+    kept, rounded = times[warm:] if len(times) > warm + 1 else times[1:], lambda values: [round(v, 2) for v in values]
+    return dict(step_ms=round(median(kept), 2), step_ms_all=rounded(times), peak_bytes=_memory(device), reserved_bytes=_memory(device, "max_memory_reserved"),
+                resident_bytes=before, loss=float(loss), first_loss=float(first), cpu_ms_all=rounded(w.cpu for w in seen), gc_ms_all=rounded(w.gc for w in seen),
+                switches_all=[w.switches for w in seen], **(dict(pulse_ms_all=rounded(pulses)) if pulse else {}))
+
+
+# %% ../nbs/12c_benchmark.ipynb #9d18a98f
 def _remembered(model, loss):
     "The loss, with the tower's features from a cache."
     cache = FeatureCache(model)
@@ -255,7 +292,7 @@ def _remembered(model, loss):
 
 def step_cell(cell:dict, device:str, small:bool) -> dict:
     "Peak and time of one way to step."
-    began = time.perf_counter()
+    pulse, began = host_pulse(device), time.perf_counter()
     model = build_model(cell["model"], device, _dtype(device), small, cell.get("rank", 16))
     clean(device)
     built, side = time.perf_counter() - began, 56 if small else 336
@@ -264,7 +301,7 @@ def step_cell(cell:dict, device:str, small:bool) -> dict:
     frames = min(cell["frames"], 8) if small else cell["frames"]
     batch = make_batch(model, frames, device, _dtype(device), side)
     if cell.get("cached"): loss = _remembered(model, loss)
-    out = measure(stepper(loss, optimizer, batch), device)
+    out = measure(stepper(loss, optimizer, batch), device, pulse=pulse)
     report = getattr(model, "_mmqlora", None)
     return dict(out, tokens=batch["input_ids"].shape[1], build_s=round(built, 1), trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 weights=sum(m.in_features*m.out_features for n, m in model.named_modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "lora_A")),
@@ -348,7 +385,7 @@ def count_cell(cell:dict, device:str, small:bool) -> dict:
     with counted() as c: loss(batch).backward()
     return dict(flops=c.flops, launches=c.launches, moved=c.moved)
 
-KINDS = {"step": step_cell, "count": count_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
+KINDS = {"step": step_cell, "repeat": step_cell, "count": count_cell, "packed": packed_cell, "gradient": gradient_cell, "profile": profile_cell}
 
 # %% ../nbs/12c_benchmark.ipynb #7fa4ae4d
 BIG = "qwen2.5-vl-7b"
@@ -381,6 +418,12 @@ def target_cells() -> list[dict]:
     return [*(step(way, f) for f in (32, 64, 128) for way in ("ours", "ours_small", "stock_labels")), step("ours_least", 32), *(step(way, 32) for way in alone),
             *(step(way, 16, "idefics-9b") for way in ("ours", "stock_labels")), *(step(way, 32, "video-llama3-7b") for way in ("ours", "stock_labels")),
             *count, step("stock", 32), step("ours_small", 512), step("stock", 64), step("stock", 512)]
+
+# %% ../nbs/12c_benchmark.ipynb #7c1e02b2
+def pulse_cells() -> list[dict]:
+    "Steps that wait for the host, most important first; about four minutes, the last cell two of them."
+    step = lambda way, frames, kind="step": dict(kind=kind, model=BIG, way=way, frames=frames)
+    return [step("stock_labels", 32), step("stock", 64), step("head_host", 32), step("stock_labels", 32, "repeat"), step("stock_labels", 64), step("stock", 32), step("stock", 512)]
 
 # %% ../nbs/12c_benchmark.ipynb #77bf1a21
 def run_cell(cell:dict, kinds:dict, device:str, small:bool) -> dict:
