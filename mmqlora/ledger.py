@@ -235,13 +235,13 @@ def step_bytes(narrow:int) -> int:
 
 def expected_peak(loss, model, batch:dict) -> int:
     "Peak bytes that a GPU would hold in `loss(batch).backward()` and an AdamW step, model and optimizer included. No kernel runs."
-    with imagined(model), counted(imagined=True) as c:
+    here = {k: v.cpu() if torch.is_tensor(v) else v for k, v in batch.items()}            # its values stay real: families read masks and grids from them;
+    with imagined(model), counted(imagined=True) as c:                                    # and all in one place, before nothing moves to an imagined GPU or from it
         trained = [p for p in model.parameters() if p.requires_grad]
         narrow = sum(p.numel() for p in trained if p.dtype != torch.float32)              # these have fp32 masters
         state = torch.empty(8*sum(p.numel() for p in trained) + 4*narrow, dtype=torch.uint8, device="meta")
         c.hold([*held(model), state, *(inputs := [_shape_of(v) for v in batch.values()])], [m.weight for m in model.modules() if in_host(m)])
-        here = {k: v.cpu() if torch.is_tensor(v) else v for k, v in batch.items()}        # its values stay real: families read masks and grids from them
-        loss(here).backward()                                          # and all in one place, as nothing moves to an imagined GPU
+        loss(here).backward()
         peak = max(c.peak, c.now + step_bytes(narrow))
         for p in trained: p.grad = None
     return peak

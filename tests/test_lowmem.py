@@ -6,6 +6,7 @@ from bitsandbytes import nn as bnb
 from tiny_models import FAMILIES, build, video_inputs, videos
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mmqlora.batch import ClipSet, build_tokenizer
 from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
@@ -355,7 +356,9 @@ def small_run(tmp_path_factory):
 
 def test_a_step_is_imagined_with_its_batch_in_one_place(small_run):
     class Far(torch.Tensor):                                                       # stands for a tensor on a GPU
-        def cpu(self): return self.as_subclass(torch.Tensor)
+        def cpu(self):
+            assert not _get_current_dispatch_mode_stack()                          # inside a ledger that imagines, nothing would move
+            return self.as_subclass(torch.Tensor)
     trainer = small_run(gate="rank", signals="energy")
     batch, seen = trainer.batch(0), []
     def loss(given):
