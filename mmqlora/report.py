@@ -4,27 +4,26 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
-           'GPU_PLAN', 'GPU_ADDED', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
-           'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LEASES', 'LOST', 'IN_SHORT', 'KEY',
-           'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED',
-           'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
-           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number',
-           'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'Lease',
-           'flaws', 'lease_of', 'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'outcomes', 'verdict',
-           'metric_macros', 'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
-           'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
-           'law_lease', 'gpu_laws', 'percent', 'law_macros', 'processor_macros', 'joined_macros', 'measured',
-           'planner_errors', 'planner_delays', 'gate_macros', 'pair_macros', 'efficiency_macros', 'names_of',
-           'late_runs', 'late_parts', 'gpu_macros', 'lease_macros', 'by_corruption', 'beyond_macros', 'error_macros',
-           'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table',
-           'ranks_table', 'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
-           'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table',
-           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
-           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'tasks_table', 'retention_table',
-           'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections',
-           'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table', 'errors_table',
-           'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
-           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'GPU_PLAN', 'GPU_ADDED', 'LEASES', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
+           'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LOST', 'IN_SHORT', 'KEY', 'KEY_OOD',
+           'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES',
+           'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results',
+           'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
+           'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions',
+           'expected', 'outcome', 'survives', 'outcomes', 'verdict', 'metric_macros', 'cost_macros', 'mark_of', 'told',
+           'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros', 'damaged', 'ood_parts',
+           'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros', 'processor_macros',
+           'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'gate_macros', 'pair_macros',
+           'efficiency_macros', 'names_of', 'again', 'again_macros', 'gpu_macros', 'by_corruption', 'beyond_macros',
+           'error_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
+           'gates_table', 'ranks_table', 'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table',
+           'significance_table', 'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table',
+           'audit_table', 'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table',
+           'levers_table', 'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table',
+           'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned',
+           'gpu_sections', 'hyper_sections', 'hyper_table', 'provenance_table', 'target_rows', 'targets_table',
+           'laws_table', 'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table',
+           'verdicts_markdown', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -116,7 +115,7 @@ class Files:
     sizes: dict                                       # models/<base> -> parameters of the bases that runs name
     draws: int = 200                                  # Bootstrap laws
     gpu_tune: dict|None = None                        # results/gpu-tune.json
-    others: dict = field(default_factory=dict)        # name of another lease of the tier gpu -> its run -> result record: another base, perhaps other rates
+    before: dict = field(default_factory=dict)        # name of an earlier lease of the tier gpu -> its run -> result record: another base, other rates
     joined: dict = field(default_factory=dict)        # results/benchmarks/merged.json
 
 # %% ../nbs/14a_report.ipynb #5b20d6fe
@@ -129,23 +128,23 @@ class Evidence(Files):
     @cached_property
     def tested(self) -> dict:
         "tier -> its planned comparisons."
-        return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED, self.others)}
+        return {self.tier: comparisons(self.records), "gpu": comparisons(self.gpu, PLANNED | GPU_PLANNED)}
     @cached_property
     def added(self) -> dict:
         "tier -> the comparisons of runs that were made after the plan."
-        return {self.tier: comparisons(self.records, EXTENDED), "gpu": comparisons(self.gpu, EXTENDED | GPU_EXTENDED, self.others)}
+        return {self.tier: comparisons(self.records, EXTENDED), "gpu": comparisons(self.gpu, EXTENDED | GPU_EXTENDED)}
     @cached_property
     def doubled(self) -> dict:
         "tier -> its differences of differences."
-        return {self.tier: interactions(self.records, INTERACTIONS), "gpu": interactions(self.gpu, INTERACTIONS | GPU_INTERACTIONS, self.others)}
+        return {self.tier: interactions(self.records, INTERACTIONS), "gpu": interactions(self.gpu, INTERACTIONS | GPU_INTERACTIONS)}
     @cached_property
     def outcomes(self) -> dict:
         "tier -> what became of its claims."
         return {tier: outcomes(records, self.tested[tier] + self.added[tier] + self.doubled[tier]) for tier, records in ((self.tier, self.records), ("gpu", self.gpu))}
     @cached_property
     def laws(self) -> dict:
-        "tier -> {name: its law}; on the tier gpu, each of the lease that `law_lease` names."
-        return {tier: laws(self, records) if tier == self.tier else gpu_laws(self) for tier, records in self.tiers.items()}
+        "tier -> {name: its law}."
+        return {tier: laws(self, records) for tier, records in self.tiers.items()}
 
 # %% ../nbs/14a_report.ipynb #d5045a7c
 GPU_GROUPS = ("zeroshot full lora qlora qdora bottleneck prefix qlora-int8 qlora-fp4", "qlora-uniform full-k4 full-uniform-k4 qlora-k4 qlora-uniform-k4 qlora-cover-k4",
@@ -154,7 +153,7 @@ GPU_GROUPS = ("zeroshot full lora qlora qdora bottleneck prefix qlora-int8 qlora
     "qlora-k2 qlora-k8 qlora-k32 qlora-d400 qlora-d1600", "qlora-tasks full-tasks")
 GPU_PLAN = " ".join(GPU_GROUPS).split()
 
-GPU_ADDED = ("all all-k4 tqlora-time tqlora-gradient tqlora-k2 tqlora-constant-k2 tqlora-k8 qlora-signals qlora-text-r10 qlora-uniform-k2").split()    # beyond the plan
+GPU_ADDED = ("all all-k4 tqlora-time tqlora-gradient tqlora-k2 tqlora-constant-k2 qlora-signals qlora-text-r10 qlora-uniform-k2 qlora-cover-k2 qlora-random qlora-motion ia3").split()    # beyond the plan
 
 def _checked(record:dict, run:str, params:Params, where:str) -> dict:
     "The record, if it is whole and was made with the settings of params.yaml; else an `InputError`."
@@ -180,8 +179,10 @@ def _whole(record:dict, run:str, where:str) -> dict:
     if record["config_hash"] != content_hash(record["config"]): raise InputError(where, "its hash is not that of its settings")
     return record
 
+LEASES = ("first", "second", "third")                 # earlier leases of the tier gpu, results/gpu-<name>
+
 def load_lease(folder) -> dict:
-    "run -> result record of another lease, each checked within itself: its base, and perhaps its rates, are not those of `load_gpu`. Never compare records of two leases."
+    "run -> result record of an earlier lease, each checked within itself: its base and its rates are not those of `load_gpu`. Never compare records of two leases."
     return _ordered({p.stem: _whole(read_json(p), p.stem, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))})
 
 # %% ../nbs/14a_report.ipynb #a43ea011
@@ -195,7 +196,7 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
     records = load_results(tier, params)
     sizes = {b: read_json(repo_path(b, "log.json"))["params"] for b in sorted({r["config"]["base"] for r in records.values()})}
     return Evidence(tier, params, records, sizes=sizes, contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
-                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), others={name: found for name in LEASES if (found := load_lease(f"results/gpu-{name}"))},
+                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), before={name: found for name in LEASES if (found := load_lease(f"results/gpu-{name}"))},
                     cpu=read_json(repo_path(cpu)), joined=read_json(repo_path(joined)), gpu_tune=read_json(repo_path(gpu_tune)) if repo_path(gpu_tune).is_file() else None, **read)
 
 # %% ../nbs/14a_report.ipynb #5716c83c
@@ -311,47 +312,23 @@ def diverged(record:dict) -> int:
 
 def _has(records:dict, metric:str, *runs) -> bool: return all(full_name(metric) in records.get(run, {"per_clip": ()})["per_clip"] for run in runs)
 
-def _enough(records:dict, metric:str, *runs) -> bool:
-    "Whether they are there, each that trains with two seeds or more."
-    return _has(records, metric, *runs) and all(len(records[r]["per_clip"][full_name(metric)]) > 1 or not records[r]["config"]["steps"] for r in runs)
-
-@dataclass
-class Lease:
-    "Where a comparison is made: all of its runs in one lease."
-    name: str                                         # this, or one of LEASES
-    records: dict
-    runs: tuple
-
-    @property
-    def marks(self) -> dict: return dict(lease=self.name, diverged=sum(diverged(self.records[r]) for r in self.runs))
-
-def flaws(found) -> tuple[bool, bool]:
-    "What speaks against a lease for these records: seeds that diverged; one method at several rates, which differ in more than they are compared for."
-    rates = {(r["config"]["method"], r["config"]["lr"]) for r in found if r["config"]["steps"]}
-    return any(map(diverged, found)), len(rates) > len({method for method, _ in rates})
-
-def lease_of(metric:str, runs, records:dict, others:dict={}) -> Lease|None:
-    "Of the leases that have all runs, with two seeds or more, the first with the least `flaws`; None where none has them."
-    found = [Lease(name, made, tuple(runs)) for name, made in dict(this=records, **others).items() if _enough(made, metric, *runs)]
-    if found: return min(found, key=lambda lease: flaws([lease.records[r] for r in runs]))
-    return Lease("this", records, tuple(runs)) if _has(records, metric, *runs) else None
-
 # %% ../nbs/14a_report.ipynb #552a2780
 def _family(rows:list[dict]) -> list[dict]:
     "With `padj` and `psadj`: Holm within these rows."
     fixed, seeded = (holm({i: row[p] for i, row in enumerate(rows)}) for p in ("p", "ps"))
     return [dict(**row, padj=fixed[i], psadj=seeded[i]) for i, row in enumerate(rows)]
 
-def comparisons(records:dict, plan:dict=PLANNED, others:dict={}) -> list[dict]:
-    "The planned comparisons that a lease can make (`lease_of`), with `claim`, with `padj` and `psadj`, corrected within the claim, and with `pall`, over all of them."
+def _lost(records:dict, runs) -> dict: return dict(diverged=sum(diverged(records[r]) for r in runs))
+
+def comparisons(records:dict, plan:dict=PLANNED) -> list[dict]:
+    "The planned comparisons whose runs are there, with `claim`, with `padj` and `psadj`, corrected within the claim, with `pall`, over all of them, and how many seeds `diverged`."
     rows = []
     for claim, planned in plan.items():
-        found = [(lease_of(m, (a, b), records, others), a, b, m) for a, b, m in planned]
-        rows += [dict(claim=claim, **row) for row in _family([compare(lease.records, a, b, m) | lease.marks for lease, a, b, m in found if lease])]
+        rows += [dict(claim=claim, **row) for row in _family([compare(records, a, b, m) | _lost(records, (a, b)) for a, b, m in planned if _has(records, m, a, b)])]
     over_all = holm({i: row["p"] for i, row in enumerate(rows)})
     return [dict(**row, pall=over_all[i]) for i, row in enumerate(rows)]
 
-def interactions(records:dict, plan:dict, others:dict={}) -> list[dict]:
+def interactions(records:dict, plan:dict) -> list[dict]:
     "Differences of differences: (a - b) - (c - d), with claim, as `comparisons`; a and b name the pairs."
     rows = []
     for claim, planned in plan.items():
@@ -359,7 +336,7 @@ def interactions(records:dict, plan:dict, others:dict={}) -> list[dict]:
         for first, second, metric in planned:
             weights = Counter()
             for sign_, (a, b) in ((1, first), (-1, second)): weights[a] += sign_; weights[b] -= sign_
-            if lease := lease_of(metric, weights, records, others): found.append(dict(a=first, b=second, metric=metric) | contrast(lease.records, dict(weights), metric) | lease.marks)
+            if _has(records, metric, *weights): found.append(dict(a=first, b=second, metric=metric) | contrast(records, dict(weights), metric) | _lost(records, weights))
         rows += [dict(claim=claim, **row) for row in _family(found)]
     return rows
 
@@ -440,15 +417,14 @@ def cost_macros(records:dict) -> dict:
     return {f"cost.{run}.{k}": v for run, record in records.items() for k, v in row(record["cost"]).items()}
 
 # %% ../nbs/14a_report.ipynb #182b9719
-LEASES = dict(second=r"$^{\S}$", earlier=r"$^{\dagger}$")  # other leases of the tier gpu, and how what was made within them is marked
-LOST = r"$^{\ddagger}$"                               # with seeds that diverged
+LOST = r"$^{\ddagger}$"                               # marks what has seeds that diverged
 
 def mark_of(*rows) -> str:
-    "The marks of comparisons."
-    return "".join(mark for name, mark in LEASES.items() if any(r.get("lease") == name for r in rows)) + LOST*any(r.get("diverged") for r in rows)
+    "The mark of comparisons, if seeds of any diverged."
+    return LOST*any(r.get("diverged") for r in rows)
 
 def told(r:dict) -> str:
-    "A difference with its interval and its marks."
+    "A difference with its interval and its mark."
     return f"{sign(number(r['difference']))} [{sign(number(r['low']))}, {sign(number(r['high']))}]{mark_of(r)}"
 
 def diff_macros(rows:list[dict]) -> dict:
@@ -568,41 +544,28 @@ def _size(e:Evidence, axis:str, record:dict):
     return {"frames": c["frames"], "trained KiB": kib(record), DATA_LAW: [clips, rank], "base parameters": e.sizes.get(c["base"], 0), "bits": max(map(float, record["audit"][-1]["bits"].split("/")))}.get(axis, rank)
 
 def laws(e:Evidence, records:dict, axes=tuple(AXES)) -> dict[str, ScalingFit]:
-    "axis -> law of a loss against it, every seed a point, the largest size held out; axes of which there are too few sizes or seeds are missing."
+    "axis -> law of a loss against it, every seed a point, the largest size held out; axes are missing of which there are too few sizes or seeds, or where a seed diverged."
     fits = {}
     for axis in axes:
-        x, y = scaling_points(records, AXES[axis](records), lambda record: _size(e, axis, record), LOSSES.get(axis, "test.loss"))
+        runs = AXES[axis](records)
+        if any(diverged(records[r]) for r in runs): continue
+        x, y = scaling_points(records, runs, lambda record: _size(e, axis, record), LOSSES.get(axis, "test.loss"))
         if len(np.unique(x, axis=0)) > 2 + (x.ndim > 1) and y.shape[1] > 1: fits[axis] = scaling_fit(x, np.maximum(y, 1e-4), n=e.draws)
     return fits
 
-
 # %% ../nbs/14a_report.ipynb #e1a7c3d4
-def law_lease(e:Evidence, axis:str) -> str:
-    "The lease of a law of the tier gpu: of those with no seed of the axis that diverged, the first with one rate and the most sizes; `diverged` where all have some."
-    found = {name: [records[r] for r in AXES[axis](records)] for name, records in dict(this=e.gpu, **e.others).items() if REFERENCE in records}
-    whole = {name: (not flaws(runs)[1], len(runs)) for name, runs in found.items() if not flaws(runs)[0]}
-    return max(whole, key=whole.get) if whole else "diverged" if found else "this"
-
-def gpu_laws(e:Evidence) -> dict[str, ScalingFit]:
-    "axis -> law of the tier gpu, each within one lease."
-    by = {axis: law_lease(e, axis) for axis in AXES}
-    fits = {k: v for name, records in dict(this=e.gpu, **e.others).items() if records for k, v in laws(e, records, [a for a in AXES if by[a] == name]).items()}
-    return {axis: fits[axis] for axis in AXES if axis in fits}
-
 def percent(value) -> str: return "n/a" if value is None else rf"{number(100*value, 1)}\,\%"
 
 # %% ../nbs/14a_report.ipynb #e487ad9e
 SHORT = {"rank": "rank", "frames": "frames", "trained KiB": "kib", DATA_LAW: "data", "base parameters": "size", "bits": "bits"}
 
 def law_macros(e:Evidence) -> dict:
-    "law.<own, gpu>.<rank, frames, kib, data, size, bits>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law. law.gpu.<...>.lease: this, one of LEASES, or diverged."
+    "law.<own, gpu>.<rank, frames, kib, data, size, bits>.<verdict, change, change.lo, change.hi, exponent, error, constant>; n/a without a law."
     out = {}
     for name, tier in (("own", e.tier), ("gpu", "gpu")):
         for axis, short in SHORT.items():
             fit, key = e.laws.get(tier, {}).get(axis), f"law.{name}.{short}"
-            if name == "gpu": out[f"{key}.lease"] = law_lease(e, axis)
-            none = "diverged" if out.get(f"{key}.lease") == "diverged" else "too few sizes"
-            if not fit: out |= {f"{key}.{k}": none if k == "verdict" else "n/a" for k in ("verdict", "change", "change.lo", "change.hi", "exponent", "error", "constant")}; continue
+            if not fit: out |= {f"{key}.{k}": "too few sizes" if k == "verdict" else "n/a" for k in ("verdict", "change", "change.lo", "change.hi", "exponent", "error", "constant")}; continue
             flat = flatness(fit)
             out |= {f"{key}.verdict": flat["verdict"], f"{key}.exponent": number(fit.law.a[0], 2), f"{key}.error": number(fit.error), f"{key}.constant": number(fit.constant_error)}
             out |= {f"{key}.change{end}": percent(v) for end, v in zip(("", ".lo", ".hi"), (flat["change"], *flat["change_ci95"]))}
@@ -721,45 +684,40 @@ def _absent() -> dict:
 
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d6
-def late_runs(e:Evidence) -> dict[str, str]:
-    "Run -> the other lease that has it with the least `flaws`, of the runs that this lease has not."
-    missing = {run for records in e.others.values() for run in records if run not in e.gpu}
-    return {run: lease_of("exact", (run,), {}, e.others).name for run in [*GPU_PLAN, *GPU_ADDED] if run in missing}
+def again(e:Evidence) -> list[dict]:
+    "What earlier leases say, each within itself, of the comparisons that the tier gpu decided: `lease`, the row there and `same`, whether its sign is that here. Runs with one seed or a diverged one say nothing."
+    def able(records, m, *runs): return _has(records, m, *runs) and all(len(records[r]["per_clip"][full_name(m)]) > 1 or not records[r]["config"]["steps"] for r in runs) and not any(diverged(records[r]) for r in runs)
+    decided = [r for r in e.tested["gpu"] + e.added["gpu"] if outcome(r) in ("as claimed", "against")]
+    return [dict(lease=name, claim=r["claim"], same=there["difference"]*r["difference"] > 0) | there for r in decided for name, records in e.before.items()
+            if able(records, r["metric"], r["a"], r["b"]) for there in [compare(records, r["a"], r["b"], r["metric"])]]
 
-def late_parts(e:Evidence) -> dict[str, dict]:
-    "`gpu, <name> lease` -> its records of what is told from there, late runs and the runs of comparisons, after its reference run."
-    late, parts = late_runs(e), {}
-    for name, records in e.others.items():
-        told = {run for r in e.tested["gpu"] + e.added["gpu"] if r["lease"] == name for run in (r["a"], r["b"])} | {run for run in late if late[run] == name}
-        if told: parts[f"gpu, {name} lease"] = {REFERENCE: records[REFERENCE]} | {run: x for run, x in records.items() if run in told}
-    return parts
+def again_macros(e:Evidence) -> dict:
+    "again.<n, same, sure, runs>: how many decided comparisons were made in earlier leases too, how many of them with the same sign, and beyond doubt with it; again.<lease>.diverged: runs that lost seeds; again.<lease>.runs."
+    rows, plan = again(e), PLANNED | GPU_PLANNED | GPU_EXTENDED
+    out = {"again.n": len(rows), "again.same": sum(r["same"] for r in rows), "again.sure": sum(r["same"] and (r["low"] > 0 or r["high"] < 0) for r in rows),
+           "again.other": names_of(dict.fromkeys(r["a"] for r in rows if not r["same"]))}
+    for name in LEASES:
+        records = e.before.get(name, {})
+        out |= {f"again.{name}.runs": len(records), f"again.{name}.diverged": names_of(run for run, record in records.items() if diverged(record))}
+        out |= {f"again.{name}.{k}": v for k, v in (_absent() | diff_macros(comparisons(records, plan))).items() if k.startswith(("diff.", "told."))}
+    return {k: str(v) for k, v in out.items()}
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d7
 def _about_gpu(e:Evidence) -> dict:
-    tested, late = e.tested["gpu"], late_runs(e)
-    def seeds(records): return [len(r["config"]["seeds"]) for r in records.values() if r["config"]["steps"]]
-    about = dict(missing=names_of(r for r in GPU_PLAN if r not in e.gpu and r not in late), late=names_of(late), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED),
-                 planned=len(GPU_PLAN), compared=len(tested), borrowed=sum(r["lease"] in LEASES for r in tested), seeds=max(seeds(e.gpu), default=0), fewest=min(seeds(e.gpu), default=0),
-                 full=sum(n == max(seeds(e.gpu)) for n in seeds(e.gpu)), sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]),
-                 diverged=names_of(r for r, x in e.gpu.items() if diverged(x)),
-                 **{f"{kind}_{name}": value(name) for name in LEASES for kind, value in (("borrowed", lambda n: sum(r["lease"] == n for r in tested)), ("late", lambda n: names_of(r for r in late if late[r] == n)))})
+    tested = e.tested["gpu"]
+    seeds = [len(r["config"]["seeds"]) for r in e.gpu.values() if r["config"]["steps"]]
+    about = dict(missing=names_of(r for r in GPU_PLAN if r not in e.gpu), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED), planned=len(GPU_PLAN), compared=len(tested),
+                 seeds=max(seeds, default=0), fewest=min(seeds, default=0), full=sum(n == max(seeds) for n in seeds), runs=len(e.gpu), jobs=sum(len(r["config"]["seeds"]) for r in e.gpu.values()),
+                 sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]), diverged=names_of(r for r, x in e.gpu.items() if diverged(x)),
+                 lost=sum(map(diverged, e.gpu.values())))
     return {f"gpu.{k}": str(v) for k, v in about.items()}
 
 def gpu_macros(e:Evidence) -> dict:
-    """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.lease.<run>: this, or the other lease whose numbers these are, and gpu.mark.<run> its mark; gpu.<run>.diverged:
-    seeds that came to nothing. gpu.missing, late, diverged: names; gpu.n, added, planned, compared, borrowed (of other leases), seeds, fewest, full (runs with all seeds)."""
-    late = late_runs(e)
-    records = e.gpu | {run: e.others[name][run] for run, name in late.items()}
-    made = _absent() | metric_macros(records) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(records) | beyond_macros(records) | error_macros(records)
-    made |= {f"mark.{run}": LEASES.get(late.get(run), "") for run in {*GPU_PLAN, *records}} | {f"lease.{run}": late.get(run, "this") for run in records} | {f"{run}.diverged": str(diverged(records[run])) if run in records else "n/a" for run in {*GPU_PLAN, *records}}
+    """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.<run>.diverged: seeds that came to nothing.
+    gpu.missing, diverged: names; gpu.n, added, planned, compared, seeds, fewest, full (runs with all seeds), runs, jobs (seeds of all runs), lost (of them)."""
+    made = _absent() | metric_macros(e.gpu) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(e.gpu) | beyond_macros(e.gpu) | error_macros(e.gpu)
+    made |= {f"{run}.diverged": str(diverged(e.gpu[run])) if run in e.gpu else "n/a" for run in {*GPU_PLAN, *e.gpu}}
     return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
-
-def lease_macros(e:Evidence, name:str) -> dict:
-    "<name>.<run>.test.exact with its ends, <name>.diff.<a>.<b>.<metric>, <name>.told...: of another lease, within itself; n/a or `not run` where it lacks a run."
-    records = e.others.get(name, {})
-    made = _absent() | metric_macros(records) | diff_macros(comparisons(records, PLANNED | GPU_PLANNED | GPU_EXTENDED))
-    lost = {f"{name}.diverged": names_of(run for run, record in records.items() if diverged(record))}
-    return lost | {f"{name}.{k}": v for k, v in made.items() if k.startswith(("diff.", "told.", "outcome.")) or ".test.exact" in k}
 
 # %% ../nbs/14a_report.ipynb #2529ab86
 def by_corruption(record:dict, measure:str="exact") -> dict[str, float]:
@@ -797,7 +755,7 @@ def macros(e:Evidence) -> dict:
     new = {k: v for k, v in _absent().items() if k.startswith(("diff.", "told.", "outcome.", "more."))}
     own = new | diff_macros(e.tested[e.tier] + e.added[e.tier]) | more_macros(e.doubled[e.tier]) | ood_macros(e.records)
     return merged(metric_macros(e.records), cost_macros(e.records), own, claim_macros(e), verdict_macros(e), error_macros(e.records),
-                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), joined_macros(e), gpu_macros(e), *(lease_macros(e, name) for name in LEASES), beyond_macros(e.records))
+                  about_macros(e), law_macros(e), efficiency_macros(e), processor_macros(e), joined_macros(e), gpu_macros(e), again_macros(e), beyond_macros(e.records))
 
 # %% ../nbs/14a_report.ipynb #8381e342
 def _line(cells) -> str: return " & ".join(cells) + r" \\"
@@ -825,8 +783,7 @@ def _inline(pair) -> str: return pair if isinstance(pair, str) else rf"{pair[0]}
 
 def _tier(name:str, columns:int) -> list:
     "Rows that open the part of a tier in a table of `columns` columns."
-    tier, comma, lease = name.partition(", ")
-    return [None, [rf"\multicolumn{{{columns}}}{{@{{}}l@{{}}}}{{\emph{{Tier}} \texttt{{{tier}}}{comma}{lease}}}"]]
+    return [None, [rf"\multicolumn{{{columns}}}{{@{{}}l@{{}}}}{{\emph{{Tier}} \texttt{{{name}}}}}"]]
 
 def _parts(tiers:dict, rows, columns:int) -> list:
     "The rows of every tier that has some, each part under its name; `rows`: records -> rows."
@@ -881,10 +838,9 @@ def gates_table(e:Evidence) -> str:
 def _ranks_of(record) -> str: return _ranks(record) if record["config"]["allocation"] == "uniform" else record["config"]["allocation"]
 
 def ranks_table(e:Evidence) -> str:
-    "Placement, allocation and rank on the test split, by rising bytes; of another lease too, where the law of the rank is from there."
+    "Placement, allocation and rank on the test split, by rising bytes."
     def runs(records): return sorted(_among(records, RANKS, REFERENCE), key=lambda r: kib(records[r]))
-    tiers = e.tiers | {f"gpu, {name} lease": records for name, records in e.others.items() if law_lease(e, "rank") == name}
-    return measure_table(tiers, runs, ("exact", "transient", "loss"), ("exact",),
+    return measure_table(e.tiers, runs, ("exact", "transient", "loss"), ("exact",),
                          {"V/F/T": _ranks_of, "Diverged": lambda r: str(diverged(r) or ""), "KiB": lambda r: count(kib(r)), "Model KiB": lambda r: in_kib(r["cost"]["model_bytes"])})
 
 def _bits(record) -> str:
@@ -943,7 +899,7 @@ def _planned(*plans) -> dict:
 def _measure(metric:str) -> str: return (BEYOND.get(full_name(metric)) or MEASURES[metric]).lower()
 
 def _tested_table(e:Evidence, plan:dict, rows:dict, name, last:tuple=()) -> str:
-    "A row per comparison of `plan` {claim: [(a, b, metric)]} with what `rows` {tier: tested} say; a dash where a tier lacks it; marks as in `told`. `last`: one more p of the tier gpu."
+    "A row per comparison of `plan` {claim: [(a, b, metric)]} with what `rows` {tier: tested} say; a dash where a tier lacks it; mark as in `told`. `last`: one more p of the tier gpu."
     def found(tier): return {(r["claim"], r["a"], r["b"], r["metric"]): r for r in rows[tier]}
     def cells(r, ps):
         if not r: return ["--"]*(3 + len(ps))
@@ -973,11 +929,11 @@ def interactions_table(e:Evidence) -> str:
     return _tested_table(e, _planned(INTERACTIONS, GPU_INTERACTIONS), e.doubled, lambda pair: "$-$".join(map(run_name, pair)))
 
 def marks_of(e:Evidence, claim:str) -> str:
-    "The marks of any comparison of a claim on the tier gpu."
+    "The mark of any comparison of a claim on the tier gpu."
     return mark_of(*(r for r in (*e.tested["gpu"], *e.added["gpu"], *e.doubled["gpu"]) if r["claim"] == claim))
 
 def outcomes_table(e:Evidence) -> str:
-    "By claim and tier: comparisons as claimed, against, open; marked where one of them is of another lease, or has seeds that diverged."
+    "By claim and tier: comparisons as claimed, against, open; marked where one of them has seeds that diverged."
     found, kinds = e.outcomes, ("as claimed", "against", "open")
     def part(n): return [str(n[k]) for k in kinds] if n else ["--"]*3
     rows = [[claim, *part(found[e.tier].get(claim)), *part(found["gpu"].get(claim))] for claim in claims()]
@@ -1104,17 +1060,21 @@ def captionrates_table(e:Evidence) -> str:
 
 # %% ../nbs/14a_report.ipynb #59bb8633
 def gpu_table(e:Evidence) -> str:
-    "The runs of the tier gpu that are complete, then the late ones of other leases, after a reference run of their own; or one line that says that there is none."
+    "The runs of the tier gpu that are complete, or one line that says that there is none."
     if not e.gpu: return tabular("l", [["Tier gpu"]], [["no run of this tier is complete"]])
     lead = {"Frames": _config("selector"), "$K$": _config("frames"), "Seeds": lambda r: str(len(r["per_clip"]["test.exact"])), "Diverged": lambda r: str(diverged(r) or ""), "KiB": lambda r: count(kib(r))}
     names = {"test.exact": "Exact", "test.transient": "Transient", "test.order": "Order", "test.loss": "Loss", "test.cider": "CIDEr", "test.t2v_r1": "R@1 t2v",
              "test.v2t_r1": "R@1 v2t", "ood.exact": "Exact, ood", "ood.transient": "Transient, ood"}
     def row(run, r): return [run_name(run), *(f(r) for f in lead.values()), *(_inline(cell(r, n, n.endswith("exact"))) for n in names)]
-    def rows(records):
-        parts = [[row(run, records[run]) for run in group.split() if run in records] for group in (*GPU_GROUPS, " ".join(GPU_ADDED))]
-        return [line for part in parts if part for line in (None, *part)][1:]
-    rows = rows(e.gpu) + [line for name, part in late_parts(e).items() for line in (*_tier(name, 15), *rows(part))]
-    return tabular("llllll" + "r"*len(names), [["Run", *lead, *names.values()]], rows)
+    parts = [[row(run, e.gpu[run]) for run in group.split() if run in e.gpu] for group in (*GPU_GROUPS, " ".join(GPU_ADDED))]
+    return tabular("llllll" + "r"*len(names), [["Run", *lead, *names.values()]], [line for part in parts if part for line in (None, *part)][1:])
+
+def again_table(e:Evidence) -> str:
+    "The key comparisons of the tier gpu, here and within each earlier lease that has the runs."
+    rows, said = [key_row(e, "gpu", c) for c in claims()], {(r["lease"], r["claim"], r["a"], r["b"], r["metric"]): r for r in again(e)}
+    def line(r): return [r["claim"], _named(r, run_name, r["claim"]), told(r), *(told(there) if (there := said.get((name, r["claim"], r["a"], r["b"], r["metric"]))) else "--" for name in LEASES)]
+    lines = [line(r) for r in rows if r and any((name, r.get("claim"), r["a"], r["b"], r["metric"]) in said for name in LEASES)]
+    return tabular("llrrrr", [["Claim", "Key comparison", "This lease", *map(str.capitalize, LEASES)]], lines or [["--", "none was made again", *["--"]*4]])
 
 # %% ../nbs/14a_report.ipynb #5e66031a
 def _asked_table(e:Evidence, names:dict) -> str:
@@ -1131,13 +1091,11 @@ def retention_table(e:Evidence) -> str:
     return _asked_table(e, RETAINED)
 
 def gpu_beyond_table(e:Evidence) -> str:
-    "What the runs of the tier gpu were asked beside captions, as far as there are any; the late ones of other leases beside their reference run."
+    "What the runs of the tier gpu were asked beside captions, as far as there are any."
     names = {"test.exact": "Captions", **BEYOND, "test.exact_disordered": "Shuffled"}
-    found = {t: {r: x["metrics"] for r, x in records.items() if x["config"].get("checks")} for t, records in ({"gpu": e.gpu} | late_parts(e)).items()}
-    found = {t: part for t, part in found.items() if t == "gpu" or part.keys() - {REFERENCE}}
-    asked = {n: title for n, title in names.items() if any(n in m for part in found.values() for m in part.values())}
-    def rows(part): return [[run_name(r), *(cell(dict(metrics=m), n) for n in asked)] for r, m in part.items()]
-    lines = [line for t, part in found.items() for line in (*(_tier(t, len(asked) + 1) if t != "gpu" else []), *rows(part))]
+    found = {r: x for r, x in e.gpu.items() if x["config"].get("checks")}
+    asked = {n: title for n, title in names.items() if any(n in x["metrics"] for x in found.values())}
+    lines = [[run_name(r), *(cell(x, n) for n in asked)] for r, x in found.items()]
     return tabular("l" + "r"*len(asked), [["Run", *asked.values()]], lines) if lines else tabular("l", [["Tier gpu"]], [["no run of this tier was asked more than captions"]])
 
 # %% ../nbs/14a_report.ipynb #7e741f84
@@ -1209,7 +1167,7 @@ def provenance_table(e:Evidence) -> str:
         v, h = r["versions"], r["hardware"]
         machine = h.get("gpu") or f"{h['system']} {h['machine']}, {h['cpus']} CPUs"
         return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)
-    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, *e.others.values()) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu), *([("merged", e.joined)] if "versions" in e.joined else [])]
+    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, *e.before.values()) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu), *([("merged", e.joined)] if "versions" in e.joined else [])]
     tiers = {}
     for name, r in named: tiers.setdefault((r.get("tier", ""), made(r)), []).append(name)
     header = ["What", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
@@ -1218,10 +1176,10 @@ def provenance_table(e:Evidence) -> str:
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, outcomes=outcomes_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
-              baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, processor=processor_table, rates=rates_table, gatecost=gatecost_table, methodsteps=methodsteps_table, captionrates=captionrates_table,
+              baselines=baselines_table, abilities=abilities_table, efficiency=efficiency_table, levers=levers_table, gpu=gpu_table, again=again_table, processor=processor_table, rates=rates_table, gatecost=gatecost_table, methodsteps=methodsteps_table, captionrates=captionrates_table,
               tasks=tasks_table, gpubeyond=gpu_beyond_table, retention=retention_table, corruptions=corruptions_table, oodpairs=oodpairs_table,
               verdicts=verdicts_table, interactions=interactions_table, extended=extended_table, examples=lambda e: examples_table(e),
-              laws=lambda e: laws_table({f"{tier}: {axis}" + (f", {name} lease" if tier == "gpu" and (name := law_lease(e, axis)) in LEASES else ""): fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
+              laws=lambda e: laws_table({f"{tier}: {axis}": fit for tier, fits in e.laws.items() for axis, fit in fits.items()}), errors=lambda e: errors_table(e))
 
 # %% ../nbs/14a_report.ipynb #c695d53a
 def _worst(values) -> float|None: return max(map(abs, values), default=None)
@@ -1330,9 +1288,9 @@ def markdown_table(header:list[str], rows:list) -> str:
 
 def verdicts_markdown(e:Evidence) -> str:
     "What became of each hypothesis, for the README."
-    rows = [[text.replace("$-$", "-").replace("- -", "--").replace(LEASES["second"], "§").replace(LEASES["earlier"], "†").replace(LOST, "‡") for text in row] for row in _verdict_rows(e, lambda run: f"`{run}`")]
+    rows = [[text.replace("$-$", "-").replace("- -", "--").replace(LOST, "‡") for text in row] for row in _verdict_rows(e, lambda run: f"`{run}`")]
     header = ["claim", "in short", "key comparison (exact match if not said)", *(f"{e.tier}: {k}" for k in ("verdict", "difference [95 % CI]")), *(f"gpu: {k}" for k in ("verdict", "difference [95 % CI]"))]
-    return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim. § within a second lease of the tier gpu, † within an earlier one, ‡ with seeds that diverged.\n\n" + markdown_table(header, rows) + "\n"
+    return "What became of the hypotheses; intervals over clips and seeds, a verdict only where both tests agree on every comparison of the claim. ‡ with seeds that diverged.\n\n" + markdown_table(header, rows) + "\n"
 
 # %% ../nbs/14a_report.ipynb #660ce448
 def results_markdown(e:Evidence) -> str:
@@ -1344,7 +1302,7 @@ def results_markdown(e:Evidence) -> str:
     def part(tier, records):
         clips, seeds = len(records[REFERENCE]["per_clip"]["test.exact"][0]), max(len(r["config"]["seeds"]) for r in records.values())
         return f"Tier `{tier}`, {clips} test clips, mean over up to {seeds} seeds.\n\n{markdown_table(header, [row(*each) for each in records.items()])}\n"
-    return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in (e.tiers | late_parts(e)).items())
+    return "Written by `dvc repro report`.\n\n" + verdicts_markdown(e) + "\n" + "\n".join(part(*each) for each in e.tiers.items())
 
 # %% ../nbs/14a_report.ipynb #99624e8a
 FIGURES["levers"] = lambda e: levers_figure(e.efficiency)
