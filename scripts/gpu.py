@@ -125,7 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds since 1970")
     parser.add_argument("--workers", type=int, help="processes (tune, runs: per GPU)")
     parser.add_argument("--only", nargs="+", help="runs, sizes (default: all of params.yaml), or ways of bench")
-    parser.add_argument("--into", default="results/gpu", metavar="FOLDER", help="where collect writes (results/gpu-second: another lease)")
+    parser.add_argument("--into", default="results/gpu", metavar="FOLDER", help="where collect writes (results/gpu-NAME: another lease)")
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""))
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     args = parser.parse_args()
