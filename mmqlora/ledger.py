@@ -11,7 +11,7 @@ import copy, gc, traceback, weakref
 from math import prod
 
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,6 +198,7 @@ def _twin(tensor):
     "A tensor without data that can take the place of another."
     if getattr(tensor, "quant_state", None) is not None:
         return Params4bit(_shape_of(tensor.data), quant_state=_state_of(tensor.quant_state), quant_type=tensor.quant_type, bnb_quantized=True, module=tensor.module)
+    if isinstance(tensor, Int8Params): return Int8Params(_shape_of(tensor.data), False, tensor.has_fp16_weights, *(_shape_of(t) for t in (tensor.CB, tensor.SCB)))
     return nn.Parameter(_shape_of(tensor.data), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else _shape_of(tensor)
 
 # %% ../nbs/08g_ledger.ipynb #f4310c54
@@ -215,13 +216,19 @@ def room_for(model, optimizer=None) -> int | None:
 
 class imagined:
     "While in this context, the weights of `model` have shapes and no data."
-    def __init__(self, model): self.tensors = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    def __init__(self, model):
+        self.tensors = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+        self.eights = [m for m in model.modules() if isinstance(m, Linear8bitLt)]      # after its first step such a layer keeps its weight in `state`
     def __enter__(self):
-        self.twins = [_twin(t) for t in self.tensors]
+        self.twins, self.states = [_twin(t) for t in self.tensors], [m.state for m in self.eights]
+        for m in self.eights:
+            m.state = copy.copy(m.state)
+            m.state.CB, m.state.SCB, m.state.threshold = _shape_of(m.state.CB), _shape_of(m.state.SCB), 0.     # imagined activations have no outliers
         self.swap()
     def __exit__(self, kind, error, trace):
         if trace: traceback.clear_frames(trace)
         gc.collect()                                                   # no graph may refer to what is swapped
+        for m, state in zip(self.eights, self.states): m.state = state
         self.swap()
     def swap(self):
         for t, twin in zip(self.tensors, self.twins): torch.utils.swap_tensors(t, twin)
