@@ -235,15 +235,15 @@ def stepper(loss, optimizer, batch):
 
 # %% ../nbs/12c_benchmark.ipynb #7c1e02a2
 class watched:
-    "Milliseconds of what happens in this context: `wall`, `cpu` (of all threads), `gc` (Python's collector); `switches`: how often the host took the processor away."
+    "Milliseconds of what happens in this context: `wall`, `cpu` (of all threads), `gc` (Python's collector, `full`: how often it looked at all objects); `switches`: how often the host took the processor away."
     def __init__(self, device:str): self.device = device
     def _now(self): return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     def _collects(self, phase, info):
         if phase == "start": self.since = time.perf_counter()
-        else: self.gc += 1000*(time.perf_counter() - self.since)
+        else: self.gc, self.full = self.gc + 1000*(time.perf_counter() - self.since), self.full + (info["generation"] == 2)
     def __enter__(self):
         gc.callbacks.append(self._collects)
-        self.gc = 0.
+        self.gc, self.full = 0., 0
         _sync(self.device); self.before = self._now()
         return self
     def __exit__(self, *error):
@@ -267,7 +267,7 @@ def host_pulse(device:str, times:int=4):
 # %% ../nbs/12c_benchmark.ipynb #7c1e02a4
 def measure(step, device:str, warm:int=2, steps:int=5, limit_s:float=40., pulse=None) -> dict:
     "Peak bytes and milliseconds of `step()`; fewer steps if they take long, never fewer than two after the first. With `pulse` (`host_pulse`), how fast the host was before each and after the last."
-    before, seen, pulses, begin = _memory(device, "memory_allocated"), [], [], time.perf_counter()
+    before, seen, pulses, objects, begin = _memory(device, "memory_allocated"), [], [], len(gc.get_objects()), time.perf_counter()
     for n in range(warm + steps):
         if pulse: pulses.append(pulse())
         with watched(device) as w: loss = step()
@@ -278,8 +278,8 @@ def measure(step, device:str, warm:int=2, steps:int=5, limit_s:float=40., pulse=
     times = [w.wall for w in seen]
     kept, rounded = times[warm:] if len(times) > warm + 1 else times[1:], lambda values: [round(v, 2) for v in values]
     return dict(step_ms=round(median(kept), 2), step_ms_all=rounded(times), peak_bytes=_memory(device), reserved_bytes=_memory(device, "max_memory_reserved"),
-                resident_bytes=before, loss=float(loss), first_loss=float(first), cpu_ms_all=rounded(w.cpu for w in seen), gc_ms_all=rounded(w.gc for w in seen),
-                switches_all=[w.switches for w in seen], **(dict(pulse_ms_all=rounded(pulses)) if pulse else {}))
+                resident_bytes=before, loss=float(loss), first_loss=float(first), cpu_ms_all=rounded(w.cpu for w in seen), gc_ms_all=rounded(w.gc for w in seen), full_gc_all=[w.full for w in seen],
+                objects=objects, switches_all=[w.switches for w in seen], **(dict(pulse_ms_all=rounded(pulses)) if pulse else {}))
 
 
 # %% ../nbs/12c_benchmark.ipynb #9d18a98f

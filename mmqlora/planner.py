@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from .benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
 from .core import InputError
-from .leases import fast_ms, lease_of, measured
+from .leases import fast_ms, lease_of, measured, paced
 from .ledger import counted, free_memory, held, in_host, step_bytes
 from .overhead import method_model
 from .temporal import set_frame_signals
@@ -144,20 +144,29 @@ def compare(cells:dict, known=(), leases=()) -> list[dict]:
         if cell["kind"] not in ("step", "gated", "repeat") or not measured(cell) or cell.get("cached"): continue
         row = out[name] if name in out else out.setdefault(name, _row(name, cell))
         row |= dict(measured_peak=cell["peak_bytes"], measured_ms=cell["step_ms"], fast_ms=fast_ms(cell), lease=lease_of(cell, leases))
+        row |= {f"mean_{key}": value for key, value in paced(cell).items()}
     for name, row in out.items(): row["measured_flops"] = counts.get(_counted(cells[name]))
     return timed(list(out.values()))
 
 def _counted(cell:dict) -> tuple: return *(cell.get(k) for k in ("model", "way", "frames")), cell.get("rank", 16), cell.get("gate", "none")
 
+
+# %% ../nbs/12d_planner.ipynb #7c1e02c2
 def timed(rows:list[dict]) -> list[dict]:
-    "`rows` with `predicted_ms`, to be compared with `fast_ms`, by the one step of each lease that calibrates (the first of `stock_labels`); without one there is none."
+    "`rows` with `predicted_ms`, to be compared with `fast_ms`, by the one step of each lease that calibrates (the first of `stock_labels`); without one there is none. Where the host's pulse was felt, `paced_ms`, to be compared with `mean_step_ms`."
     ones, counts = {}, lambda row: SimpleNamespace(**row)
     for row in rows:
         if row["cell"].split("/")[2] == "stock_labels" and not row["cell"].startswith("gated"): ones.setdefault(row["lease"], row)
     for row in rows:
         one = ones.get(row["lease"])
         row |= dict(calibrates=row is one, predicted_ms=round(1000*calibrate(counts(one), one["fast_ms"]/1000).seconds(counts(row)), 2) if one else None)
+        if one and {"mean_pulse_ms"} <= one.keys() & row.keys(): row["paced_ms"] = _paced(counts(one), counts(row))
     return rows
+
+def _paced(one, p) -> float:
+    "Milliseconds of a mean step of `p` on a host as fast as its pulse was beside it; at the pulse beside `one` an operation cost what `one` says."
+    card = calibrate(one, one.mean_step_ms/1000)
+    return round(1000*replace(card, call=card.call*p.mean_pulse_ms/one.mean_pulse_ms).seconds(p), 2)
 
 
 # %% ../nbs/12d_planner.ipynb #4b572a47
