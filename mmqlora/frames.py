@@ -14,13 +14,13 @@ from .core import InputError, rng_for
 # %% ../nbs/05_frames.ipynb #547effa0
 def _check(signal:np.ndarray, k:int):
     if k > len(signal): raise InputError("frame budget", f"{k} frames asked of a clip of {len(signal)}", "lower frames.budget")
-    if not np.isfinite(signal).all() or (signal < 0).any(): raise InputError("signal", "must be finite and not negative")
+    if len(signal) and not (signal.min() >= 0 and signal.max() < np.inf): raise InputError("signal", "must be finite and not negative")
 
 def _distinct(index:np.ndarray, n:int) -> np.ndarray:
     "Push equal neighbours apart, staying inside [0, n)."
-    k = len(index)
-    index = np.maximum.accumulate(index - np.arange(k)) + np.arange(k)          # strictly increasing
-    return np.minimum(index, n - k + np.arange(k))                              # and not past the end
+    rank = np.arange(len(index))
+    index = np.maximum.accumulate(index - rank) + rank                          # strictly increasing
+    return np.minimum(index, n - len(index) + rank)                             # and not past the end
 
 def along(signal:np.ndarray, # (T,) non-negative
           k:int,             # Frames to choose
@@ -31,8 +31,8 @@ def along(signal:np.ndarray, # (T,) non-negative
     n = len(signal)
     total = float(signal.sum(dtype=np.float64))
     density = np.full(n, 1/n) if total == 0 else floor/n + (1 - floor)*signal.astype(np.float64)/total
-    cumulative = np.cumsum(density)
-    index = np.searchsorted(cumulative, (np.arange(k) + .5)/k*cumulative[-1])
+    cumulative = density.cumsum()
+    index = cumulative.searchsorted((np.arange(k) + .5)/k*cumulative[-1])
     return _distinct(np.minimum(index, n - 1), n)
 
 # %% ../nbs/05_frames.ipynb #82866e25
@@ -58,7 +58,7 @@ def _covered(signal:np.ndarray, k:int, floor:float, reach:float):
     windows, around = (_windows(x, 2*radius + 1) for x in (mass, local))       # (n, 2 radius + 1)
     kernel, cells = 1 - (np.arange(-radius, radius + 1)/reach)**2, (np.arange(min(n, 64)) + .5)*n/min(n, 64) - .5
     spread = np.maximum(1 - abs(np.arange(n)[:, None] - cells)*k/n, 0)         # (n, cells)
-    explains, evens, even, taken = np.empty(n), np.empty(n), np.zeros(len(cells)), []
+    explains, evens, even, taken, steps = np.empty(n), np.empty(n), np.zeros(len(cells)), [], (2*radius, 2*int(np.ceil(n/k)))
     spare, spares = np.empty((min(n, 256), 2*radius + 1)), np.empty((min(n, 256), len(cells)))
     near = far = (0, n)
     for _ in range(k):
@@ -71,9 +71,9 @@ def _covered(signal:np.ndarray, k:int, floor:float, reach:float):
         j = int(gain.argmax())
         yield j, float(gain[j])
         taken.append(j)
-        even = np.maximum(even, spread[j])
-        local[j:j + 2*radius + 1] = np.maximum(local[j:j + 2*radius + 1], kernel)
-        near, far = ((max(0, j - d), min(n, j + d + 1)) for d in (2*radius, 2*int(np.ceil(n/k))))
+        np.maximum(even, spread[j], out=even)
+        np.maximum(around[j], kernel, out=around[j])
+        near, far = [(max(0, j - d), min(n, j + d + 1)) for d in steps]
 
 # %% ../nbs/05_frames.ipynb #a862fb58
 def _reach(n:int) -> float: return min(max(n/10, 2.), 64.)
@@ -119,7 +119,8 @@ def by_scene(cuts:np.ndarray, # (C,) first frames of new scenes
             )->np.ndarray:    # (k,) increasing frame indices
     "K frames spread over the scenes: largest remainder (d'Hondt) by length, one for each first."
     _check(np.zeros(n), k)
-    edges = np.unique(np.concatenate([[0], np.asarray(cuts, int), [n]]))
+    edges = np.array(sorted({0, *np.asarray(cuts, int).tolist(), n}))
+    if len(edges) == 2: return along(np.zeros(n), k)                            # one scene
     length, given = np.diff(edges), np.zeros(len(edges) - 1, int)
     claim = (length + n).astype(float)
     for _ in range(k):
@@ -134,8 +135,8 @@ SELECTORS = ("uniform", "random", "motion", "entropy", "change", "sound", "scene
 def mixture(signals:dict, n:int) -> np.ndarray:
     "(n,) mean of the signals named motion, entropy, change and sound that are there, each scaled to sum to one."
     parts = [signals[s].astype(np.float64) for s in ("motion", "entropy", "change", "sound") if s in signals]
-    scaled = [p/p.sum() for p in parts if p.sum() > 0]
-    return np.mean(scaled, 0) if scaled else np.zeros(n)
+    scaled = [p/total for p in parts if (total := p.sum()) > 0]
+    return sum(scaled)/len(scaled) if scaled else np.zeros(n)
 
 def signal_of(selector:str) -> str | None:
     "Name of the signal that a selector follows; None for those that follow none, or whatever is there."

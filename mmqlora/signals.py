@@ -205,25 +205,22 @@ def spatial_entropy(frames:np.ndarray, bins:int=32) -> np.ndarray:
 
 # %% ../nbs/04_signals.ipynb #8614c67b
 def _above(frames:np.ndarray, threshold:float, hsv:np.ndarray) -> np.ndarray:
-    "Indices of the frames that PySceneDetect scores `threshold` or more. `hsv` (more than T, H * W, 3) begins with the frame before, and does so again afterwards."
+    "Indices of the frames that PySceneDetect scores `threshold` or more. `hsv` (more than T, H, W, 3) begins with the frame before, and does so again afterwards."
     import cv2
     n, h, w, _ = frames.shape
     cv2.cvtColor(np.ascontiguousarray(frames).reshape(n*h, w, 3), cv2.COLOR_RGB2HSV, hsv[1:n + 1].reshape(n*h, w, 3))
     change = cv2.absdiff(hsv[1:n + 1], hsv[:n])
     hsv[0] = hsv[n]
-    total = cv2.reduce(change.reshape(n, -1), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[:, 0]
-    near = np.flatnonzero(total >= (threshold - 1e-6)*3*h*w)                  # few: rounded as PySceneDetect rounds, channel by channel
-    mean = change[near].sum(1, dtype=np.int64)/(h*w)
-    return near[(mean[:, 0] + mean[:, 1] + mean[:, 2])/3 >= threshold]
+    mean = np.array([cv2.sumElems(c) for c in change])/(h*w)                  # one by one: `cv2.reduce` wakes other threads, which wait longer than it sums
+    return np.flatnonzero((mean[:, 0] + mean[:, 1] + mean[:, 2])/3 >= threshold)          # rounded as PySceneDetect rounds, channel by channel
 
 def _hits(frames:np.ndarray, threshold:float) -> np.ndarray:
     "As `_above`, of all frames, piece by piece; the first one has not changed."
     if not len(frames): return np.zeros(0, int)
     import cv2
-    pixels = frames[0].size//3
-    piece = max(1, 2**16//max(1, pixels))                                     # pixels that OpenCV handles in one thread, and the cache holds
-    hsv = np.empty((min(piece, len(frames)) + 1, pixels, 3), np.uint8)
-    hsv[0] = cv2.cvtColor(np.ascontiguousarray(frames[0]), cv2.COLOR_RGB2HSV).reshape(pixels, 3)
+    piece = max(1, 2**16//max(1, frames[0].size//3))                          # pixels that OpenCV handles in one thread, and the cache holds
+    hsv = np.empty((min(piece, len(frames)) + 1, *frames.shape[1:]), np.uint8)
+    hsv[0] = cv2.cvtColor(np.ascontiguousarray(frames[0]), cv2.COLOR_RGB2HSV)
     return np.concatenate([_above(frames[i:i + piece], threshold, hsv) + i for i in range(0, len(frames), piece)])
 
 # %% ../nbs/04_signals.ipynb #8614cuts
@@ -238,17 +235,22 @@ def scene_cuts(
     except ImportError as err: raise InputError("scene cuts", f"PySceneDetect cannot be imported ({err})", "pip install scenedetect opencv-python-headless") from None
     fps, gap = float(fps), max(1, round(shortest*fps))
     above, flashes = _hits(frames, threshold), FlashFilter(FlashFilter.Mode.MERGE, gap)
+    if not len(above): return above
     known, asked = {*above.tolist()}, np.unique(np.concatenate([[0], above, above + gap]))
-    cuts = [c for i in asked[asked < len(frames)] for c in flashes.filter(FrameTimecode(int(i), fps), i in known)]
+    start = FrameTimecode(0, fps)
+    cuts = [c for i in asked[asked < len(frames)].tolist() for c in flashes.filter(FrameTimecode(i, start), i in known)]
     return np.array(sorted({c.frame_num for c in cuts}), int)
 
 # %% ../nbs/04_signals.ipynb #c285d6fd
+def _powers(spans:np.ndarray, piece:int=256) -> np.ndarray:
+    "(n, samples) -> (n,) float32 mean squares, in pieces that fit the processor's cache."
+    return np.concatenate([np.square(spans[i:i + piece], dtype=np.float32).mean(1) for i in range(0, len(spans), piece)])
+
 def audio_energy(samples:np.ndarray, n:int) -> np.ndarray:
     "(samples,) audio -> (n,) root mean square over n equal spans, the first ones a sample longer where it must be; zeros when there is no audio."
-    square, energy = samples.astype(np.float32), np.zeros(n, np.float32)
-    square *= square
-    length, longer = divmod(len(square), n)
+    energy = np.zeros(n, np.float32)
+    length, longer = divmod(len(samples), n)
     cut = longer*(length + 1)
-    if longer: energy[:longer] = square[:cut].reshape(longer, -1).mean(1)
-    if length: energy[longer:] = square[cut:].reshape(n - longer, -1).mean(1)
+    if longer: energy[:longer] = _powers(samples[:cut].reshape(longer, -1))
+    if length: energy[longer:] = _powers(samples[cut:].reshape(n - longer, -1))
     return np.sqrt(energy, out=energy)

@@ -1,8 +1,10 @@
 "Signals and selectors: the same frames in pieces or whole, budgets kept, changes seen, on real videos too."
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from pathlib import Path
 from typing import get_args
 
 from mmqlora.decoding import SAMPLES, best_seconds, decode_costs, long_video, sample_videos
@@ -189,6 +191,22 @@ def test_scene_cuts_without_the_library_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     with pytest.raises(InputError, match="pip install scenedetect"): scene_cuts(np.zeros((4, 32, 32, 3), np.uint8))
 
+
+def test_scene_cuts_wake_no_other_threads():
+    "OpenCV's threads wait for work in a loop that costs more than the work on small frames."
+    if not Path("/proc/self/task").is_dir(): pytest.skip("threads are counted by Linux")
+    code = """
+import os, cv2, numpy as np
+from mmqlora.signals import scene_cuts
+frames = np.zeros((200, 32, 32, 3), np.uint8)
+frames[100:] = 255
+before = len(os.listdir("/proc/self/task"))
+assert scene_cuts(frames).tolist() == [100] and len(os.listdir("/proc/self/task")) == before
+cv2.setNumThreads(2)
+cv2.reduce(frames.reshape(200, -1), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
+assert len(os.listdir("/proc/self/task")) > before                            # such a thread would have been seen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 def test_scene_cuts_of_hard_cuts_are_exact():
     frames = np.concatenate([np.full((20, 32, 32, 3), c, np.uint8) for c in ((200, 30, 30), (20, 40, 220), (250, 250, 250))])
