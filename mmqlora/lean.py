@@ -199,6 +199,15 @@ class _Last:
         h = hidden_states[:, -n:] + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         return h + self.mlp(self.post_attention_layernorm(h), of=l)
 
+def _note_kept(last):
+    "Hooks of the whole model: how many logits this forward wants."
+    def note(module, args, kwargs):
+        n, whole = kwargs.get("logits_to_keep", 0), any(kwargs.get(k) is not None for k in ("labels", "output_hidden_states", "output_attentions"))
+        last.self_attn.keep = n if isinstance(n, int) and not whole and not last.gradient_checkpointing else 0     # which comes back after `forget`
+    def forget(module, args, out): last.self_attn.keep = 0
+    return note, forget
+
+# %% ../nbs/08f_lean.ipynb #5e1c0b02
 class _VisionAttention:
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in project(hidden_states, self.q_proj, self.k_proj, self.v_proj))
@@ -210,15 +219,7 @@ class _VisionEmbeddings:
         side = self.num_patches_per_side
         if patch_attention_mask.shape[1:] != (side, side) or not patch_attention_mask.all(): return super().forward(pixel_values, patch_attention_mask)
         places = self.position_embedding(torch.arange(side*side).expand(len(pixel_values), -1))
-        return places + self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)         # in this order the sum, and all that is added to it, lies token after token
-
-def _note_kept(last):
-    "Hooks of the whole model: how many logits this forward wants."
-    def note(module, args, kwargs):
-        n, whole = kwargs.get("logits_to_keep", 0), any(kwargs.get(k) is not None for k in ("labels", "output_hidden_states", "output_attentions"))
-        last.self_attn.keep = n if isinstance(n, int) and not whole and not last.gradient_checkpointing else 0     # which comes back after `forget`
-    def forget(module, args, out): last.self_attn.keep = 0
-    return note, forget
+        return places + self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
 
 # %% ../nbs/08f_lean.ipynb #d32511cd
 _SEEN, ROOM = {}, 2**28                                                # key of a tower -> {key of a frame: its tokens}, of the last tower only; bytes
@@ -231,6 +232,7 @@ def _seen_by(model) -> dict:
     if key.digest() not in _SEEN: _SEEN.clear()
     return _SEEN.setdefault(key.digest(), {})
 
+# %% ../nbs/08f_lean.ipynb #5e1c0c02
 class _Seeing:
     "The model without its head."
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):

@@ -3,7 +3,7 @@
 
 DVC executes, locks and records every run when it ends: stop and start as you like. A run has one core, and trains its seeds in a
 row; where fewer runs are left than there are cores, their seeds share the cores (`MMQLORA_CORES` in `mmqlora.runs`). The longest start
-first, so that the last ones end together. All are forks of one process that has imported torch (`scripts/engine.py`)."""
+first, as far as records tell, so that the last ones end together. All are forks of one process that has imported torch (`scripts/engine.py`)."""
 import os
 import socket
 import subprocess
