@@ -8,6 +8,7 @@ __all__ = ['ROOM', 'LEAN', 'dense_weight', 'Projection', 'merged_weight', 'proje
 # %% ../nbs/08f_lean.ipynb #b52d0283
 import hashlib
 from functools import cache
+from itertools import chain
 
 import bitsandbytes as bnb
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel, SmolVLMVisionAttention
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel, SmolVLMVisionAttention, SmolVLMVisionEmbeddings
 
 from .temporal import GateVariant
 
@@ -70,11 +71,11 @@ def _backward(ctx, *dys):
     for (linear, scale), B, low, dy in zip(ctx.parts, Bs, lows, dys):
         dy = dy.flatten(0, -2)
         dlows.append((dy @ B).mul_(scale))
-        dBs.append((dy.t() @ low).mul_(scale))
+        dBs.append((low.t() @ dy).mul_(scale).t())                     # this way around two to three times faster than dy' low
         if ctx.needs_input_grad[0]: dx = dy @ dense_weight(linear) if dx is None else dx.addmm_(dy, dense_weight(linear))
     dgates = [None if g is None else (d*a).view(*ctx.shape[:-1], -1).sum_to_size(g.shape)
               for g, d, a in zip(gates, dlows, ax.split(ctx.ranks, 1))]
-    dax = _low(torch.cat(dlows, 1), gates, ctx.ranks, ctx.shape)
+    dax = _low(dlows[0] if n == 1 else torch.cat(dlows, 1), gates, ctx.ranks, ctx.shape)
     if dx is not None: dx = dx.addmm_(dax, A).view(ctx.shape)
     return dx, None, *(dax.t() @ flat).split(ctx.ranks), *dBs, *dgates
 
@@ -198,12 +199,6 @@ class _Last:
         h = hidden_states[:, -n:] + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         return h + self.mlp(self.post_attention_layernorm(h), of=l)
 
-class _VisionAttention:
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in project(hidden_states, self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.scale)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), None
-
 def _note_kept(last):
     "Hooks of the whole model: how many logits this forward wants."
     def note(module, args, kwargs):
@@ -211,6 +206,20 @@ def _note_kept(last):
         last.self_attn.keep = n if isinstance(n, int) and not whole and not last.gradient_checkpointing else 0     # which comes back after `forget`
     def forget(module, args, out): last.self_attn.keep = 0
     return note, forget
+
+# %% ../nbs/08f_lean.ipynb #5e1c0b02
+class _VisionAttention:
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in project(hidden_states, self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.scale)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+class _VisionEmbeddings:
+    def forward(self, pixel_values, patch_attention_mask):
+        side = self.num_patches_per_side
+        if patch_attention_mask.shape[1:] != (side, side) or not patch_attention_mask.all(): return super().forward(pixel_values, patch_attention_mask)
+        places = self.position_embedding(torch.arange(side*side).expand(len(pixel_values), -1))
+        return places + self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
 
 # %% ../nbs/08f_lean.ipynb #d32511cd
 _SEEN, ROOM = {}, 2**28                                                # key of a tower -> {key of a frame: its tokens}, of the last tower only; bytes
@@ -223,31 +232,41 @@ def _seen_by(model) -> dict:
     if key.digest() not in _SEEN: _SEEN.clear()
     return _SEEN.setdefault(key.digest(), {})
 
+# %% ../nbs/08f_lean.ipynb #5e1c0c02
 class _Seeing:
     "The model without its head."
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
-        towers, flat = [*self.vision_model.parameters(), *self.connector.parameters()], pixel_values.flatten(0, 1)
+        flat = pixel_values.flatten(0, 1)
         real = flat.flatten(1).any(1)                                  # zeros are padding
-        if pixel_attention_mask is not None or not kwargs.get("return_dict") or any(t.device.type != "cpu" or t.requires_grad for t in (flat, *towers)) or not real.any():
+        if pixel_attention_mask is not None or kwargs != {"return_dict": True} or flat.device.type != "cpu" or not real.any():
             return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)
-        versions = [p._version for p in towers]
+        trained = any(t.requires_grad for t in chain([flat], *map(nn.Module.parameters, (self.vision_model, self.connector))))
+        tokens = (self._look if trained else self._remember)(flat if real.all() else flat[real])
+        return BaseModelOutputWithPooling(pooler_output=[t.flatten(0, 1) for t in tokens.split(real.view(pixel_values.shape[:2]).sum(1).tolist())])
+
+    def _look(self, frames):
+        "(n, tokens, width) of n frames."
+        return self.connector(self.vision_model(pixel_values=frames.to(self.dtype), return_dict=True).last_hidden_state)
+
+    def _remember(self, frames):
+        "The same of a tower that is not trained."
+        versions = [p._version for p in chain(self.vision_model.parameters(), self.connector.parameters())]
         if self.__dict__.get("seen", (None,))[0] != versions: self.seen = versions, _seen_by(self)
-        tokens = self._tokens(flat[real], self.seen[1]).split(real.view(pixel_values.shape[:2]).sum(1).tolist())
-        return BaseModelOutputWithPooling(pooler_output=[t.flatten(0, 1) for t in tokens])
+        return self._tokens(frames, self.seen[1])
 
     @torch.no_grad()
     def _tokens(self, frames, seen:dict):
         "(n, tokens, width) of n frames; those that are new are added to `seen`."
         keys = [hash(f.tobytes()) for f in frames.numpy()]
         new = {k: i for i, k in enumerate(keys) if k not in seen}
-        made = super().get_image_features(frames[list(new.values())][:, None], return_dict=True).pooler_output if new else []
-        if made and len(seen)*made[0].nbytes > ROOM: seen.clear(); return self._tokens(frames, seen)
+        made = self._look(frames[list(new.values())]) if new else []
+        if new and len(seen)*made[0].nbytes > ROOM: seen.clear(); return self._tokens(frames, seen)
         seen.update(zip(new, made))
         return torch.stack([seen[k] for k in keys])
 
 # %% ../nbs/08f_lean.ipynb #93da7a3f
 LEAN = {bnb.nn.Linear4bit: _Frozen4bit, LoraLayer: _Adapted, LlamaRMSNorm: _Norm, LlamaMLP: _Mlp, LlamaAttention: _Attention,
-        SmolVLMVisionAttention: _VisionAttention, SmolVLMModel: _Seeing}
+        SmolVLMVisionAttention: _VisionAttention, SmolVLMVisionEmbeddings: _VisionEmbeddings, SmolVLMModel: _Seeing}
 
 @cache
 def _leaner(kind, mixin): return type(kind.__name__, (mixin, kind), {})

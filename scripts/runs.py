@@ -3,7 +3,7 @@
 
 DVC executes, locks and records every run when it ends: stop and start as you like. A run has one core, and trains its seeds in a
 row; where fewer runs are left than there are cores, their seeds share the cores (`MMQLORA_CORES` in `mmqlora.runs`). The longest start
-first, so that the last ones end together. All are forks of one process that has imported torch (`scripts/engine.py`)."""
+first, as far as records tell, so that the last ones end together. All are forks of one process that has imported torch (`scripts/engine.py`)."""
 import os
 import socket
 import subprocess
@@ -18,8 +18,8 @@ from pathlib import Path
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from mmqlora.config import RunConfig, load_params, run_config
-from mmqlora.core import cores
+from mmqlora.config import Params, RunConfig, load_params, run_config
+from mmqlora.core import cores, read_json, repo_path
 
 
 def stale(runs:list[str]) -> list[str]:
@@ -31,6 +31,12 @@ def weight(config:RunConfig) -> float:
     "About how long a run takes, in seconds of a slow core."
     slow = 1.6 if config.quantization == "int8" or "dora" in config.method else 1.
     return 5 + len(config.seeds)*(slow*(8 + config.frames)*(.2 + config.steps/200) + 4*len(config.checks))
+
+
+def expected(params:Params, name:str) -> float:
+    "The seconds that a run took when it was last recorded under this profile, as is mostly the case; else its `weight`."
+    record = repo_path("results", params.profile, f"{name}.json")
+    return read_json(record)["cost"]["total_seconds"] if record.is_file() else weight(run_config(params, name))
 
 
 def reproduce(stage:str) -> str:
@@ -73,7 +79,7 @@ def main() -> int:
     if not waiting: return 0
     have, begin = cores(), time.monotonic()
     os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
-    with warm(): wrong = walk({s: weight(run_config(params, s.partition("@")[2])) for s in waiting}, min(have, len(waiting)))
+    with warm(): wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
     print(f"== {len(waiting)} runs, {(time.monotonic() - begin)/60:.1f} min in all", flush=True)
     for line in wrong: print(f"mmqlora: {line}", file=sys.stderr)
     return bool(wrong)

@@ -150,3 +150,8 @@ def test_runs_are_forks_of_a_process_that_has_imported_torch_and_end_with_who_as
 def test_the_heaviest_runs_start_first():
     weights = {name: runs.weight(run_config(load_params(), name)) for name in ("zeroshot", "qlora-uniform-k2", "qlora-d400", "qlora")}
     assert sorted(weights, key=weights.get) == list(weights)
+    params = load_params()
+    known = {name: runs.expected(params, name) for name in ("qlora-small", "qlora", "qlora-large")}
+    assert sorted(known, key=known.get) == list(known) and known["qlora"] == read_json(ROOT/"results/cpu/qlora.json")["cost"]["total_seconds"]
+    never = params.model_copy(update={"profile": "smoke"})
+    assert runs.expected(never, "qlora") == runs.weight(run_config(never, "qlora"))
