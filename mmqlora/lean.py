@@ -8,7 +8,6 @@ __all__ = ['ROOM', 'LEAN', 'dense_weight', 'Projection', 'merged_weight', 'proje
 # %% ../nbs/08f_lean.ipynb #b52d0283
 import hashlib
 from functools import cache
-from itertools import chain
 
 import bitsandbytes as bnb
 import torch
@@ -199,10 +198,14 @@ class _Last:
         h = hidden_states[:, -n:] + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         return h + self.mlp(self.post_attention_layernorm(h), of=l)
 
+def _needs_all(m) -> bool:
+    "Whether a gate of this layer would not find its frames in a part of the tokens: only `project` tells it which part."
+    return isinstance(m, LoraLayer) and any(isinstance(v, GateVariant) for v in m.lora_variant.values()) and not _fits(m)
+
 def _note_kept(last):
     "Hooks of the whole model: how many logits this forward wants."
     def note(module, args, kwargs):
-        n, whole = kwargs.get("logits_to_keep", 0), any(kwargs.get(k) is not None for k in ("labels", "output_hidden_states", "output_attentions"))
+        n, whole = kwargs.get("logits_to_keep", 0), any(map(_needs_all, last.modules())) or any(kwargs.get(k) is not None for k in ("labels", "output_hidden_states", "output_attentions"))
         last.self_attn.keep = n if isinstance(n, int) and not whole and not last.gradient_checkpointing else 0     # which comes back after `forget`
     def forget(module, args, out): last.self_attn.keep = 0
     return note, forget
@@ -236,11 +239,11 @@ def _seen_by(model) -> dict:
 class _Seeing:
     "The model without its head."
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
-        flat = pixel_values.flatten(0, 1)
+        flat, towers = pixel_values.flatten(0, 1), [*self.vision_model.parameters(), *self.connector.parameters()]
         real = flat.flatten(1).any(1)                                  # zeros are padding
-        if pixel_attention_mask is not None or kwargs != {"return_dict": True} or flat.device.type != "cpu" or not real.any():
+        if pixel_attention_mask is not None or kwargs != {"return_dict": True} or any(t.device.type != "cpu" for t in (flat, *towers)) or not real.any():
             return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)
-        trained = any(t.requires_grad for t in chain([flat], *map(nn.Module.parameters, (self.vision_model, self.connector))))
+        trained = any(t.requires_grad for t in (flat, *towers))
         tokens = (self._look if trained else self._remember)(flat if real.all() else flat[real])
         return BaseModelOutputWithPooling(pooler_output=[t.flatten(0, 1) for t in tokens.split(real.view(pixel_values.shape[:2]).sum(1).tolist())])
 
@@ -250,7 +253,7 @@ class _Seeing:
 
     def _remember(self, frames):
         "The same of a tower that is not trained."
-        versions = [p._version for p in chain(self.vision_model.parameters(), self.connector.parameters())]
+        versions = [p._version for part in (self.vision_model, self.connector) for p in part.parameters()]
         if self.__dict__.get("seen", (None,))[0] != versions: self.seen = versions, _seen_by(self)
         return self._tokens(frames, self.seen[1])
 
@@ -285,7 +288,7 @@ def lean(
         if isinstance(module, bnb.nn.Linear4bit) and keep: module.dense = None, None
         for kind, mixin in LEAN.items():
             if isinstance(module, kind): _swap(module, mixin)
-    if not layers or any(getattr(v, "kind", "") == "gradient" for m in layers[-1].modules() for v in getattr(m, "lora_variant", {}).values()): return model
+    if not layers: return model
     _swap(layers[-1], _Last)
     note, forget = _note_kept(layers[-1])
     base.register_forward_pre_hook(note, with_kwargs=True)

@@ -20,7 +20,7 @@ def trainer(training, config, monkeypatch, how):
     return train.Trainer(model.train(), tokenizer, clips, captions, config, 0)
 
 
-@pytest.mark.parametrize("change", [{}, {"gate": "rank", "gate_lr": 5.}, {"gate": "gradient"}, {"method": "full", "lr": 1e-3}, {"quantization": "int8"},
+@pytest.mark.parametrize("change", [{}, {"gate": "rank", "gate_lr": 5.}, {"gate": "gradient"}, {"gate": "rank", "quantization": "int8"}, {"method": "full", "lr": 1e-3}, {"quantization": "int8"},
                                     {"method": "qdora"}, {"allocation": "prune", "budget_rank": 2}])
 def test_training_takes_the_same_road(training, short, monkeypatch, change):
     config = short.model_copy(update=change)

@@ -372,10 +372,10 @@ def test_a_step_is_imagined_with_its_batch_in_one_place(small_run):
 @pytest.mark.parametrize("gate", ["none", "rank"])
 def test_a_step_of_an_int8_model_is_imagined_before_its_first_step_and_after(small_run, gate):
     trainer = small_run(quantization="int8", gate=gate)
-    batch, layers = trainer.batch(0), [m for m in trainer.model.modules() if isinstance(m, bnb.Linear8bitLt)]
+    batch, layers = trainer.batch(0), [m for m in trainer.model.get_base_model().model.text_model.modules() if isinstance(m, bnb.Linear8bitLt)]
     first = expected_peak(trainer.loss, trainer.model.train(), batch)
     assert layers and not any(m.weight.is_meta or m.weight.CB is None for m in layers)
-    loss = trainer.loss(batch)                                                     # moves the weights into the layers' states
+    loss = trainer.loss(batch).detach()                                            # moves the weights into the layers' states
     assert all(m.weight.CB is None and not m.state.CB.is_meta and m.state.threshold for m in layers)
     assert expected_peak(trainer.loss, trainer.model, batch) == first and torch.equal(trainer.loss(batch), loss)
     assert all(not m.state.CB.is_meta and m.state.threshold for m in layers)
