@@ -176,8 +176,8 @@ def allocate(
     chosen = module_ranks(model, ranks)
     costs, fixed = gated_costs(model, chosen, gate, signals)
     left = budget - fixed
-    if left < sum(costs.values()): raise InputError("budget", f"{budget} bytes, rank 1 everywhere needs {sum(costs.values()) + fixed}")
-    if kind in MEASURED and not batches: raise InputError(f"allocation {kind}", "needs calibration clips")
+    if left < sum(costs.values()): raise InputError("budget", f"{budget} bytes, rank 1 everywhere needs {sum(costs.values()) + fixed}", "a larger one, or fewer modules")
+    if kind in MEASURED and not batches: raise InputError(f"allocation {kind}", "needs calibration clips", "give batches")
     if kind == "uniform": found = proportional(dict.fromkeys(chosen, 1), costs, left)
     elif kind == "static": found = proportional(chosen, costs, left)
     elif kind in ("entropy", "gradient", "eva"): found = _by_measure(model, kind, ranks, costs, left, batches)

@@ -207,7 +207,8 @@ def parse(model:type[BaseModel], data:dict, where) -> BaseModel:
     "Build `model` from `data`; the first thing wrong becomes an `InputError` that names file and field."
     if not isinstance(data, dict): raise InputError(where, f"expected keys and values, found {type(data).__name__}")
     try: return model(**data)
-    except ValidationError as err: first = err.errors()[0]
+    except ValidationError as err: found = err.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])      # a misspelled key, rather than the one that it leaves missing
     path = ".".join(map(str, first["loc"]))
     if first["type"] != "extra_forbidden": raise InputError(f"{where}: {path or model.__name__}", first["msg"])
     known = model.model_fields if len(first["loc"]) == 1 else []

@@ -109,7 +109,7 @@ def solve(options:list[Option], budget:float, gap:float=1e-6) -> Solution:
     "Minimise the sum of losses with one option per group and at most `budget` bytes (HiGHS, to relative gap `gap`)."
     groups = {g: i for i, g in enumerate(dict.fromkeys(o.group for o in options))}
     cheapest = {g: min(o.bytes for o in options if o.group == g) for g in groups}
-    if budget < sum(cheapest.values()): raise InputError("budget", f"{budget:.0f} bytes, the cheapest choice of everything needs {sum(cheapest.values())}")
+    if budget < sum(cheapest.values()): raise InputError("budget", f"{budget:.0f} bytes, the cheapest choice of everything needs {sum(cheapest.values())}", "a larger one")
     n = len(options)
     one = csr_array((np.ones(n), ([groups[o.group] for o in options], range(n))))
     cost = np.array([o.bytes for o in options])/budget                   # of order 1, for the solver's tolerances

@@ -25,6 +25,7 @@ def test_the_file_of_this_repository_holds():
 @pytest.mark.parametrize("change, message", [
     (lambda p: p.update(profile="cup"), "params.yaml: profile: unknown profile 'cup' -- did you mean 'cpu'?"),
     (lambda p: p.update(profiel="cpu"), "params.yaml: profiel: unknown key -- did you mean 'profile'?"),
+    (lambda p: p.update(framse=p.pop("frames")), "params.yaml: framse: unknown key -- did you mean 'frames'?"),
     (lambda p: p["runs"]["qlora"].update(rnaks={}), "params.yaml: runs.qlora: rnaks: unknown key -- did you mean 'ranks'?"),
     (lambda p: p["runs"]["qlora"].update(lr="fast"), "params.yaml: runs.qlora: lr: Input should be a valid number"),
     (lambda p: p["runs"]["qlora"].update(ranks={"smell": 4}), "params.yaml: runs.qlora: ranks.smell"),
