@@ -179,7 +179,7 @@ def _kind(params:Params, job:Job) -> tuple:
     return config.method, config.frames, "tasks" in config.checks, len(job.splits)
 
 def work(params:Params, tasks, out, frames, deadline:float, about:dict, room:Room|None=None):
-    "Do jobs from the queue `tasks` until a None, leaving out those that would not end before `deadline` (seconds since 1970)."
+    "Do jobs from the queue `tasks` until a None, leaving out those of a kind that, as far as this process has seen, would not end before `deadline` (seconds since 1970)."
     torch.set_num_threads(1)
     disable_progress_bar()
     load, took = _loader(params, frames), {}                                               # seconds of the longest job of each kind
@@ -187,7 +187,7 @@ def work(params:Params, tasks, out, frames, deadline:float, about:dict, room:Roo
         for times in (1, 2):                                                               # again, with more room, if memory was short
             with nullcontext() if room is None or time.time() > deadline else room.for_job(params, job, times):
                 begin, kind = time.time(), _kind(params, job)
-                if begin + 1.1*took.get(kind, max(took.values(), default=0.)) > deadline: break
+                if begin + 1.1*took.get(kind, 0.) > deadline: break                       # a kind not met yet begins: what breaks off is lost, and what never begins too
                 short = _try_job(params, job, load, out, about)
             took[kind] = max(took.get(kind, 0.), time.time() - begin)
             if not short: break
