@@ -199,7 +199,7 @@ class _Last:
         return h + self.mlp(self.post_attention_layernorm(h), of=l)
 
 def _needs_all(m) -> bool:
-    "Whether a gate of this layer would not find its frames in a part of the tokens: only `project` tells it which part."
+    "Whether this layer has a gate that only the whole sequence can feed: one that `project` does not handle."
     return isinstance(m, LoraLayer) and any(isinstance(v, GateVariant) for v in m.lora_variant.values()) and not _fits(m)
 
 def _note_kept(last):

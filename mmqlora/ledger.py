@@ -215,7 +215,7 @@ def room_for(model, optimizer=None) -> int | None:
     return free_memory() + sum(mine.values()) if mine else None
 
 class imagined:
-    "While in this context, the weights of `model` have shapes and no data."
+    "While in this context, the weights of `model` have shapes and no data, and int8 layers no outliers, whose memory is left out."
     def __init__(self, model):
         self.tensors = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
         self.eights = [m for m in model.modules() if isinstance(m, Linear8bitLt)]      # after its first step such a layer keeps its weight in `state`
@@ -223,7 +223,7 @@ class imagined:
         self.twins, self.states = [_twin(t) for t in self.tensors], [m.state for m in self.eights]
         for m in self.eights:
             m.state = copy.copy(m.state)
-            m.state.CB, m.state.SCB, m.state.threshold = _shape_of(m.state.CB), _shape_of(m.state.SCB), 0.     # imagined activations have no outliers
+            m.state.CB, m.state.SCB, m.state.threshold = _shape_of(m.state.CB), _shape_of(m.state.SCB), 0.
         self.swap()
     def __exit__(self, kind, error, trace):
         if trace: traceback.clear_frames(trace)

@@ -6,25 +6,25 @@
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
            'GPU_PLAN', 'GPU_ADDED', 'LEASES', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
            'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LOST', 'IN_SHORT', 'KEY', 'KEY_OOD',
-           'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'BESIDE', 'LONG', 'SHOWN', 'EASED', 'TABLES',
-           'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record', 'load_results',
-           'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number', 'count', 'in_kib',
-           'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions',
-           'expected', 'outcome', 'survives', 'outcomes', 'verdict', 'metric_macros', 'cost_macros', 'mark_of', 'told',
-           'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros', 'damaged', 'ood_parts',
-           'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros', 'processor_macros',
-           'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'planner_paces', 'gate_macros',
-           'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again', 'again_macros', 'gpu_macros',
-           'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table',
-           'main_table', 'selectors_table', 'gates_table', 'ranks_table', 'baselines_table', 'long', 'retrieval_table',
-           'ood_table', 'cost_table', 'significance_table', 'extended_table', 'interactions_table', 'marks_of',
-           'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table', 'abilities_table', 'processor_table',
-           'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table', 'methodsteps_table',
-           'captionrates_table', 'gpu_table', 'again_table', 'tasks_table', 'retention_table', 'gpu_beyond_table',
-           'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections', 'hyper_table',
-           'provenance_table', 'target_rows', 'targets_table', 'laws_table', 'errors_table', 'kinds_table',
-           'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown', 'results_markdown',
-           'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'BESIDE', 'LONG', 'SHOWN',
+           'EASED', 'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
+           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number',
+           'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged',
+           'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'unmade', 'outcomes', 'verdict',
+           'metric_macros', 'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
+           'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
+           'percent', 'law_macros', 'processor_macros', 'joined_macros', 'measured', 'planner_errors', 'planner_delays',
+           'planner_paces', 'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again',
+           'again_macros', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros',
+           'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
+           'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
+           'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table',
+           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
+           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table', 'tasks_table',
+           'retention_table', 'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections',
+           'hyper_sections', 'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table',
+           'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
+           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -141,7 +141,9 @@ class Evidence(Files):
     @cached_property
     def outcomes(self) -> dict:
         "tier -> what became of its claims."
-        return {tier: outcomes(records, self.tested[tier] + self.added[tier] + self.doubled[tier]) for tier, records in ((self.tier, self.records), ("gpu", self.gpu))}
+        missing = sum((unmade(self.gpu, plan, [*GPU_PLAN, *GPU_ADDED]) for plan in (PLANNED | GPU_PLANNED, EXTENDED | GPU_EXTENDED, INTERACTIONS | GPU_INTERACTIONS) if self.gpu), Counter())
+        return {tier: outcomes(records, self.tested[tier] + self.added[tier] + self.doubled[tier], lacking)
+                for tier, records, lacking in ((self.tier, self.records, Counter()), ("gpu", self.gpu, missing))}
     @cached_property
     def laws(self) -> dict:
         "tier -> {name: its law}."
@@ -319,13 +321,13 @@ def _family(rows:list[dict]) -> list[dict]:
     fixed, seeded = (holm({i: row[p] for i, row in enumerate(rows)}) for p in ("p", "ps"))
     return [dict(**row, padj=fixed[i], psadj=seeded[i]) for i, row in enumerate(rows)]
 
-def _lost(records:dict, runs) -> dict: return dict(diverged=sum(diverged(records[r]) for r in runs))
+def _diverged_of(records:dict, runs) -> dict: return dict(diverged=sum(diverged(records[r]) for r in runs))
 
 def comparisons(records:dict, plan:dict=PLANNED) -> list[dict]:
     "The planned comparisons whose runs are there, with `claim`, with `padj` and `psadj`, corrected within the claim, with `pall`, over all of them, and how many seeds `diverged`."
     rows = []
     for claim, planned in plan.items():
-        rows += [dict(claim=claim, **row) for row in _family([compare(records, a, b, m) | _lost(records, (a, b)) for a, b, m in planned if _has(records, m, a, b)])]
+        rows += [dict(claim=claim, **row) for row in _family([compare(records, a, b, m) | _diverged_of(records, (a, b)) for a, b, m in planned if _has(records, m, a, b)])]
     over_all = holm({i: row["p"] for i, row in enumerate(rows)})
     return [dict(**row, pall=over_all[i]) for i, row in enumerate(rows)]
 
@@ -337,7 +339,7 @@ def interactions(records:dict, plan:dict) -> list[dict]:
         for first, second, metric in planned:
             weights = Counter()
             for sign_, (a, b) in ((1, first), (-1, second)): weights[a] += sign_; weights[b] -= sign_
-            if _has(records, metric, *weights): found.append(dict(a=first, b=second, metric=metric) | contrast(records, dict(weights), metric) | _lost(records, weights))
+            if _has(records, metric, *weights): found.append(dict(a=first, b=second, metric=metric) | contrast(records, dict(weights), metric) | _diverged_of(records, weights))
         rows += [dict(claim=claim, **row) for row in _family(found)]
     return rows
 
@@ -384,9 +386,14 @@ def survives(records:dict) -> list[str]:
     def sure(o): return all(low > 0 or high < 0 for low, high in ((o["low"], o["high"]), (o["least"], o["most"])))
     return ["open" if not sure(o) else "as claimed" if o["difference"]*t["difference"] > 0 else "against" for t, o in pairs]
 
-def outcomes(records:dict, tested:list[dict]) -> dict[str, Counter]:
-    "claim -> how many of its comparisons, and of its differences of differences, came out how."
-    found = {}
+def unmade(records:dict, plan:dict, planned) -> Counter:
+    "claim -> comparisons of `plan` (differences of differences too) all of whose runs were `planned`, and are not all there: they leave it open."
+    def runs(a, b): return {a, b} if isinstance(a, str) else {*a, *b}
+    return Counter(claim for claim, family in plan.items() for a, b, _ in family if runs(a, b) <= {*planned} and not runs(a, b) <= {*records})
+
+def outcomes(records:dict, tested:list[dict], missing:Counter=Counter()) -> dict[str, Counter]:
+    "claim -> how many of its comparisons, and of its differences of differences, came out how; those `missing` are open."
+    found = {claim: Counter(open=n) for claim, n in missing.items()}
     for row in tested: found.setdefault(row["claim"], Counter()).update(filter(None, [outcome(row)]))
     return found | {"C7": Counter(survives(records))}
 
@@ -696,29 +703,32 @@ def _absent() -> dict:
 
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d6
-def again(e:Evidence) -> list[dict]:
-    "What earlier leases say, each within itself, of the comparisons that the tier gpu decided: `lease`, the row there and `same`, whether its sign is that here. Runs with one seed or a diverged one say nothing."
-    def able(records, m, *runs): return _has(records, m, *runs) and all(len(records[r]["per_clip"][full_name(m)]) > 1 or not records[r]["config"]["steps"] for r in runs) and not any(diverged(records[r]) for r in runs)
-    decided = [r for r in e.tested["gpu"] + e.added["gpu"] if outcome(r) in ("as claimed", "against")]
-    return [dict(lease=name, claim=r["claim"], same=there["difference"]*r["difference"] > 0) | there for r in decided for name, records in e.before.items()
-            if able(records, r["metric"], r["a"], r["b"]) for there in [compare(records, r["a"], r["b"], r["metric"])]]
+GPU_PLANS = PLANNED | GPU_PLANNED | EXTENDED | GPU_EXTENDED
+
+def again(e:Evidence, decided:bool=True) -> list[dict]:
+    "What earlier leases say, each within itself, of the comparisons of the tier gpu (of those it `decided`): `lease`, the row there, `same`: whether its sign is that here. Of decided ones, runs with one seed or a diverged one say nothing."
+    def able(records, m, *runs): return _has(records, m, *runs) and all(len(records[r]["per_clip"][full_name(m)]) > 1 or not records[r]["config"]["steps"] for r in runs)
+    here = [r for r in e.tested["gpu"] + e.added["gpu"] if not decided or outcome(r) in ("as claimed", "against")]
+    found = [(r, name, compare(records, r["a"], r["b"], r["metric"]) | _diverged_of(records, (r["a"], r["b"]))) for r in here for name, records in e.before.items() if able(records, r["metric"], r["a"], r["b"])]
+    return [dict(lease=name, claim=r["claim"], same=there["difference"]*r["difference"] > 0) | there for r, name, there in found if not (decided and there["diverged"])]
 
 def again_macros(e:Evidence) -> dict:
-    "again.<n, same, sure, runs>: how many decided comparisons were made in earlier leases too, how many of them with the same sign, and beyond doubt with it; again.<lease>.diverged: runs that lost seeds; again.<lease>.runs."
-    rows, plan = again(e), PLANNED | GPU_PLANNED | GPU_EXTENDED
+    """again.distinct: comparisons that the tier gpu decided and an earlier lease had made too; again.<n, same, sure>: in how many instances, of these with the same sign, and with an interval that excludes 0.
+    again.<lease>.<runs, diverged>, again.<lease>.<diff, told>.<a>.<b>.<metric>: of a lease, within itself."""
+    rows = again(e)
     out = {"again.n": len(rows), "again.same": sum(r["same"] for r in rows), "again.sure": sum(r["same"] and (r["low"] > 0 or r["high"] < 0) for r in rows),
-           "again.other": names_of(dict.fromkeys(r["a"] for r in rows if not r["same"]))}
+           "again.distinct": len({(r["claim"], r["a"], r["b"], r["metric"]) for r in rows})}
     for name in LEASES:
         records = e.before.get(name, {})
         out |= {f"again.{name}.runs": len(records), f"again.{name}.diverged": names_of(run for run, record in records.items() if diverged(record))}
-        out |= {f"again.{name}.{k}": v for k, v in (_absent() | diff_macros(comparisons(records, plan))).items() if k.startswith(("diff.", "told."))}
+        out |= {f"again.{name}.{k}": v for k, v in (_absent() | diff_macros(comparisons(records, GPU_PLANS))).items() if k.startswith(("diff.", "told."))}
     return {k: str(v) for k, v in out.items()}
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d7
 def _about_gpu(e:Evidence) -> dict:
     tested = e.tested["gpu"]
     seeds = [len(r["config"]["seeds"]) for r in e.gpu.values() if r["config"]["steps"]]
-    about = dict(missing=names_of(r for r in GPU_PLAN if r not in e.gpu), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED), planned=len(GPU_PLAN), compared=len(tested),
+    about = dict(missing=names_of(r for r in (*GPU_PLAN, *GPU_ADDED) if r not in e.gpu), wanted=len(GPU_ADDED), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED), planned=len(GPU_PLAN), compared=len(tested),
                  seeds=max(seeds, default=0), fewest=min(seeds, default=0), full=sum(n == max(seeds) for n in seeds), runs=len(e.gpu), jobs=sum(len(r["config"]["seeds"]) for r in e.gpu.values()),
                  sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]), diverged=names_of(r for r, x in e.gpu.items() if diverged(x)),
                  lost=sum(map(diverged, e.gpu.values())))
@@ -726,7 +736,7 @@ def _about_gpu(e:Evidence) -> dict:
 
 def gpu_macros(e:Evidence) -> dict:
     """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.<run>.diverged: seeds that came to nothing.
-    gpu.missing, diverged: names; gpu.n, added, planned, compared, seeds, fewest, full (runs with all seeds), runs, jobs (seeds of all runs), lost (of them)."""
+    gpu.missing, diverged: names; gpu.n of the planned runs, added of the wanted ones, compared, seeds, fewest, full (runs with all seeds), runs, jobs (seeds of all runs), lost (of them)."""
     made = _absent() | metric_macros(e.gpu) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(e.gpu) | beyond_macros(e.gpu) | error_macros(e.gpu)
     made |= {f"{run}.diverged": str(diverged(e.gpu[run])) if run in e.gpu else "n/a" for run in {*GPU_PLAN, *e.gpu}}
     return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
@@ -1082,8 +1092,8 @@ def gpu_table(e:Evidence) -> str:
     return tabular("llllll" + "r"*len(names), [["Run", *lead, *names.values()]], [line for part in parts if part for line in (None, *part)][1:])
 
 def again_table(e:Evidence) -> str:
-    "The key comparisons of the tier gpu, here and within each earlier lease that has the runs."
-    rows, said = [key_row(e, "gpu", c) for c in claims()], {(r["lease"], r["claim"], r["a"], r["b"], r["metric"]): r for r in again(e)}
+    "The key comparisons of the tier gpu between two runs, here and within each earlier lease that has both."
+    rows, said = [key_row(e, "gpu", c) for c in claims()], {(r["lease"], r["claim"], r["a"], r["b"], r["metric"]): r for r in again(e, decided=False)}
     def line(r): return [r["claim"], _named(r, run_name, r["claim"]), told(r), *(told(there) if (there := said.get((name, r["claim"], r["a"], r["b"], r["metric"]))) else "--" for name in LEASES)]
     lines = [line(r) for r in rows if r and any((name, r.get("claim"), r["a"], r["b"], r["metric"]) in said for name in LEASES)]
     return tabular("llrrrr", [["Claim", "Key comparison", "This lease", *map(str.capitalize, LEASES)]], lines or [["--", "none was made again", *["--"]*4]])
@@ -1134,11 +1144,13 @@ def oodpairs_table(e:Evidence) -> str:
 def _list(values) -> str: return ", ".join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in values)
 
 def tuned(grids:dict, trials:list, records:dict) -> dict:
-    "tuned run and field -> the values tried, each with its caption loss on dev; bold: the value that the run uses."
+    "tuned run and field -> the values tried, each with its caption loss on dev, mean over the seeds of tuning; bold: the value that the run uses."
     out = {}
     for run, grid in grids.items():
-        used = [records[run]["config"][field] for field in grid] if run in records else None
-        tried = {" / ".join(f"{t[f]:g}" for f in grid): (number(t["loss"], decimals("loss")), [t[f] for f in grid] == used) for t in trials if t["run"] == run}
+        used, losses = [records[run]["config"][field] for field in grid] if run in records else None, {}
+        for t in trials:
+            if t["run"] == run: losses.setdefault(tuple(t[f] for f in grid), []).append(t["loss"])
+        tried = {" / ".join(f"{v:g}" for v in values): (number(float(np.mean(found)), decimals("loss")), list(values) == used) for values, found in losses.items()}
         out[f"{run_name(run)}: {_escape(', '.join(grid))}"] = ", ".join(rf"\textbf{{{v}}} ({x})" if best else f"{v} ({x})" for v, (x, best) in tried.items())
     return out
 

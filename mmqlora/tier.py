@@ -179,7 +179,7 @@ def _kind(params:Params, job:Job) -> tuple:
     return config.method, config.frames, "tasks" in config.checks, len(job.splits)
 
 def work(params:Params, tasks, out, frames, deadline:float, about:dict, room:Room|None=None):
-    "Do jobs from the queue `tasks` until a None, leaving out those that would not end before `deadline` (seconds since 1970)."
+    "Do jobs from the queue `tasks` until a None, leaving out those of a kind that, as far as this process has seen, would not end before `deadline` (seconds since 1970)."
     torch.set_num_threads(1)
     disable_progress_bar()
     load, took = _loader(params, frames), {}                                               # seconds of the longest job of each kind
@@ -187,7 +187,7 @@ def work(params:Params, tasks, out, frames, deadline:float, about:dict, room:Roo
         for times in (1, 2):                                                               # again, with more room, if memory was short
             with nullcontext() if room is None or time.time() > deadline else room.for_job(params, job, times):
                 begin, kind = time.time(), _kind(params, job)
-                if begin + 1.1*took.get(kind, max(took.values(), default=0.)) > deadline: break
+                if begin + 1.1*took.get(kind, 0.) > deadline: break                       # a kind not met yet begins: what breaks off is lost, and what never begins too
                 short = _try_job(params, job, load, out, about)
             took[kind] = max(took.get(kind, 0.), time.time() - begin)
             if not short: break
@@ -249,15 +249,16 @@ def _rated_like(params:Params, run:str) -> str:
     return {"none": config.method, "input": run}.get(config.gate, "gated")
 
 def _lowest(losses:dict[float, list[float]]) -> float:
-    "Of the values whose mean loss is within `SLACK` of the least, the lowest."
-    mean = {value: np.mean(found) for value, found in losses.items()}
+    "Of the values whose mean loss is within `SLACK` of the least, the lowest; of those that were tried with all seeds, as far as there are any."
+    most = max(map(len, losses.values()))
+    mean = {value: loss for value, found in losses.items() if len(found) == most and np.isfinite(loss := np.mean(found))}
     return min(value for value, loss in mean.items() if loss <= SLACK*min(mean.values()))
 
 def chosen_rates(params:Params, trials:list[dict]) -> dict:
     "What `trials` say should stand in `override` of the profile: {method, 'gated' or run: {field: value}}."
     best = {}
     for run, field in [(run, field) for run, fields in tuned_fields(params).items() for field in fields]:
-        tried = [t for t in trials if t["run"] == run]
+        tried = [t for t in trials if t["run"] == run and field in t]
         losses = {v: [t["loss"] for t in tried if t[field] == v] for v in {t[field] for t in tried}}
         if losses: best.setdefault(_rated_like(params, run), {})[field] = _lowest(losses)
     return best
@@ -280,8 +281,9 @@ def run_trials(params:Params, **queue) -> tuple[list[dict], list[Job]]:
     gated = lambda job: run_config(params, job.run).gate != "none"
     for turn in (False, True):
         jobs = [j for j in trials_of(params) if gated(j) == turn]
-        if jobs: missing += run_queue(with_rates(params, chosen_rates(params, trials)), jobs, **queue)
-        trials += read_trials(jobs, queue.get("out", "artifacts/gpu/queue"))
+        lost = run_queue(with_rates(params, chosen_rates(params, trials)), jobs, **queue) if jobs else []
+        trials += read_trials([j for j in jobs if j not in lost], queue.get("out", "artifacts/gpu/queue"))
+        missing += lost
     return trials, missing
 
 # %% ../nbs/12b_tier.ipynb #cfd5872d

@@ -109,7 +109,18 @@ def test_one_seed_of_the_tier_gpu_diverged_and_the_others_are_told_by_lease(said
     assert lost == {"gpu": {"bottleneck"}, "gpu-first": {"prefix"}, "gpu-second": {"qlora-r16", "qlora-r64", "qlora-gradient"}, "gpu-third": {"qlora-k8"}} and said["gpu.lost"] == 1
 
 
-def test_earlier_leases_repeat_what_this_one_decides(said): assert said["again.n"] == said["again.same"] > 30 and said["again.sure"] > .9*said["again.n"]
+def test_earlier_leases_repeat_what_this_one_decides(said):
+    assert said["again.n"] == said["again.same"] > said["again.distinct"] > 20 and said["again.sure"] > .9*said["again.n"]
+
+
+@pytest.mark.parametrize("key, sign", [("first.diff.bottleneck.qlora.exact", 1), ("second.diff.bottleneck.qlora.exact", 1), ("second.diff.qdora.qlora.exact", 1), ("second.diff.qlora.full.base.slots", -1),
+                                       ("third.diff.qlora.full.base.slots", -1), ("third.diff.qlora-eva.qlora.exact", -1), ("first.diff.qlora-r64.qlora-r16.exact", -1)])
+def test_what_the_text_says_that_earlier_leases_had_found(said, key, sign): assert said[f"again.{key}.{'lo' if sign > 0 else 'hi'}"]*sign > 0
+
+
+def test_the_bottleneck_adapters_that_learned_are_above_every_seed_of_qlora():
+    seeds = {run: record("gpu", run)["metrics"]["test.exact"]["seeds"] for run in ("bottleneck", "qlora")}
+    assert sorted(seeds["bottleneck"])[1] > max(seeds["qlora"])
 
 
 @pytest.mark.parametrize("more, less", GREATER)
