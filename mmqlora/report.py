@@ -6,8 +6,8 @@
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
            'GPU_PLAN', 'GPU_ADDED', 'LEASES', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
            'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LOST', 'IN_SHORT', 'KEY', 'KEY_OOD',
-           'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'BESIDE', 'LONG', 'SHOWN',
-           'EASED', 'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
+           'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'BESIDE', 'SHOWN', 'EASED',
+           'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
            'load_results', 'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number',
            'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged',
            'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'unmade', 'outcomes', 'verdict',
@@ -17,13 +17,13 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'planner_paces', 'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again',
            'again_macros', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros',
            'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
-           'baselines_table', 'long', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
-           'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table',
-           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
-           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table', 'tasks_table',
-           'retention_table', 'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections',
-           'hyper_sections', 'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table',
-           'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
+           'baselines_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'extended_table',
+           'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table',
+           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
+           'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table', 'tasks_table', 'retention_table',
+           'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections',
+           'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table', 'errors_table',
+           'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
            'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
@@ -881,29 +881,21 @@ def _groups(titles, width:int, first:int=2) -> str:
     rules = [rf"\cmidrule(lr){{{first + i*width}-{first + (i + 1)*width - 1}}}" for i in range(len(spans))]
     return " & "*(first - 1) + _line(spans) + "\n" + "".join(rules)
 
-LONG = (*BASIC, "qdora", "bottleneck", "qlora-uniform", UNGATED, FEW, "qlora-cover-k4", "tqlora", "tqlora-constant", "tqlora-cover", "all", "all-k4", "qlora-text", "qlora-tasks")
-
-SHOWN = (*BASIC[:-1], "qlora-uniform", UNGATED, "qlora-cover-k4", "tqlora", "tqlora-cover", "all", "all-k4", "qlora-text")      # of both tiers
-
-def long(records:dict) -> dict:
-    "Runs of the tables with many columns: methods, selection, gate, placement, tasks. The records hold the others."
-    return {run: records[run] for run in LONG if run in records}
-
-def _long_table(e:Evidence, columns:str, header:list, row) -> str:
-    "`row` of every run of `long`, by tier."
-    return tabular(columns, header, _parts(e.tiers, lambda records: [[run_name(run), *row(r)] for run, r in long(records).items()], len(columns)))
+SHOWN = (*BASIC[:-1], "qlora-uniform", UNGATED, "qlora-cover-k4", "tqlora", "tqlora-cover", "all", "all-k4", "qlora-text")      # in tables with many columns; the records hold the others
 
 def retrieval_table(e:Evidence) -> str:
     "Retrieval within galleries, both directions."
     header = [_groups(DIRECTIONS.values(), len(RETRIEVAL)), ["Run", *list(RETRIEVAL.values())*2]]
-    return _long_table(e, "l" + "r"*8, header, lambda r: [_inline(cell(r, f"test.{d}_{m}", m == "r1")) for d in DIRECTIONS for m in RETRIEVAL])
+    def row(r): return [_inline(cell(r, f"test.{d}_{m}", m == "r1")) for d in DIRECTIONS for m in RETRIEVAL]
+    return tabular("l" + "r"*8, header, _parts(e.tiers, lambda records: [[run_name(run), *row(records[run])] for run in SHOWN if run in records], 9))
 
 # %% ../nbs/14a_report.ipynb #ece3b493
 def ood_table(e:Evidence) -> str:
     "Exact match and transient events on both splits, and exact match out of domain without the corruption that no run survives."
     names = [f"{s}.{m}" for m in ("exact", "transient") for s in SPLITS]
     header = [_groups(("Exact", "Transient"), 2), ["Run", *["test", "ood"]*2, f"Exact, ood, less {DEAD}"]]
-    return _long_table(e, "lrrrrr", header, lambda r: [*(_inline(cell(r, n, n.endswith("exact"))) for n in names), number(by_corruption(r).get("rest"))])
+    def row(r): return [*(_inline(cell(r, n, n.endswith("exact"))) for n in names), number(by_corruption(r).get("rest"))]
+    return tabular("lrrrrr", header, _parts(e.tiers, lambda records: [[run_name(run), *row(records[run])] for run in SHOWN if run in records], 6))
 
 def cost_table(e:Evidence) -> str:
     "What each run costs, in counts that do not depend on what else the machine did; a dash where a record lacks one."
@@ -1122,12 +1114,11 @@ def gpu_beyond_table(e:Evidence) -> str:
 
 # %% ../nbs/14a_report.ipynb #7e741f84
 def corruptions_table(e:Evidence) -> str:
-    "Exact match, then slots, by corruption; first the clean test split, last all corruptions but the one that no run survives."
+    "Exact match by corruption; first the clean test split, last all corruptions but the one that no run survives."
     kinds = [k for k in by_corruption(e.records[REFERENCE]) if k != "rest"] + ["rest"]
-    def rows(records): return [[run_name(run)*(m == "exact"), m, cell(records[run], f"test.{m}"), *(number(by_corruption(records[run], m).get(k)) for k in kinds)]
-                               for run in SHOWN if run in records for m in ("exact", "slots") if by_corruption(records[run], m)]
-    header = ["Run", "Measure", "Clean", *map(str.capitalize, kinds[:-1]), f"All but {DEAD}"]
-    return tabular("ll" + "r"*(len(kinds) + 1), [header], _parts(e.tiers, rows, len(header)))
+    def rows(records): return [[run_name(run), cell(records[run], "test.exact"), *(number(by_corruption(records[run]).get(k)) for k in kinds)] for run in SHOWN if run in records and by_corruption(records[run])]
+    header = ["Run", "Clean", *map(str.capitalize, kinds[:-1]), f"All but {DEAD}"]
+    return tabular("l" + "r"*(len(kinds) + 1), [header], _parts(e.tiers, rows, len(header)))
 
 def oodpairs_table(e:Evidence) -> str:
     "The differences of C7 out of domain, by corruption: where a gain goes."
@@ -1270,7 +1261,7 @@ def errors_table(e:Evidence) -> str:
     def row(run, r):
         found = first_errors(r["per_clip"])
         return [run_name(run), count(found["n"]), count(found["wrong"]), *(f"{count(found[k])} ({number(100*found[k]/max(1, found['wrong']), 0)}\\,\\%)" for k in FIRST)]
-    def rows(records): return [row(run, r) for run, r in long(records).items() if "test.slots" in r["per_clip"]]
+    def rows(records): return [row(run, records[run]) for run in SHOWN if run in records and "test.slots" in records[run]["per_clip"]]
     return tabular("l" + "r"*(len(FIRST) + 2), [["Run", "Captions", "Wrong", *map(str.capitalize, FIRST)]], _parts(e.tiers, rows, len(FIRST) + 3))
 
 def kinds_table(runs:dict, references:list[str]) -> str:
@@ -1279,7 +1270,7 @@ def kinds_table(runs:dict, references:list[str]) -> str:
     rows = [[run_name(run), count(c["n"]), *(number(c[k]/c["n"]) for k in ("right", *KINDS))] for run, c in counts.items()]
     return tabular("l" + "r"*(len(KINDS) + 2), [["Run", "Captions", "Right", *map(str.capitalize, KINDS)]], rows)
 
-QUOTED, PLACES = ("zeroshot", "full", "qlora", UNGATED, "qlora-cover-k4", "tqlora", "tqlora-cover", "all"), (0, 4)        # places in the test split: the first of each quartet of the first gallery
+QUOTED, PLACES = ("zeroshot", "full", "qlora", UNGATED, "tqlora", "tqlora-cover", "all"), (0, 4)        # places in the test split: the first of each quartet of the first gallery
 
 def examples_table(e:Evidence) -> str:
     "Captions and retrieved clips of the test clips at `PLACES`, first seed: chosen by position, not by quality. Retrieved: the clip of the gallery that scores best for the reference."
