@@ -77,7 +77,9 @@ def _follow(selector:str, clip, samples) -> dict:
     if selector in ("sound", "mixture"): signals["sound"] = audio_energy(samples, n)
     return signals
 
-def _share(seconds:dict, name:str) -> float: return seconds[name]/seconds["read_clip"]
+def _share(seconds:dict, name:str) -> float:
+    "Of decoding what a work needs: frames, and the sound for selectors that follow it."
+    return seconds[name]/(seconds["read_clip"] + (seconds["read_audio"] if name in ("sound", "mixture") else 0))
 
 def decode_costs(path, size:int=32, repeats:int=5, k:int=8, least:float=0.) -> dict:
     """Frames, seconds, and ratios of one video: throughput against bare PyAV (and what area scaling frame by frame leaves of it), the same arrays and full
