@@ -68,18 +68,20 @@ def best_seconds(works:dict, repeats:int=5, least:float=0.) -> dict:
     return best
 
 # %% ../nbs/06b_decoding.ipynb #45a99981
+def _hears(selector:str) -> bool: return selector in ("sound", "mixture")
+
 def _follow(selector:str, clip, samples) -> dict:
     "The signals that `selector` follows."
     name, n = signal_of(selector), len(clip.frames)
     wanted = MEASURED if selector == "mixture" else {*MEASURED} & {name}
     signals = frame_signals(clip.frames, wanted) if wanted else {}
     if name == "cuts": signals["cuts"] = scene_cuts(clip.frames)
-    if selector in ("sound", "mixture"): signals["sound"] = audio_energy(samples, n)
+    if _hears(selector): signals["sound"] = audio_energy(samples, n)
     return signals
 
 def _share(seconds:dict, name:str) -> float:
     "Of decoding what a work needs: frames, and the sound for selectors that follow it."
-    return seconds[name]/(seconds["read_clip"] + (seconds["read_audio"] if name in ("sound", "mixture") else 0))
+    return seconds[name]/(seconds["read_clip"] + seconds["read_audio"]*_hears(name))
 
 def decode_costs(path, size:int=32, repeats:int=5, k:int=8, least:float=0.) -> dict:
     """Frames, seconds, and ratios of one video: throughput against bare PyAV (and what area scaling frame by frame leaves of it), the same arrays and full

@@ -145,6 +145,10 @@ class Evidence(Files):
         return {tier: outcomes(records, self.tested[tier] + self.added[tier] + self.doubled[tier], lacking)
                 for tier, records, lacking in ((self.tier, self.records, Counter()), ("gpu", self.gpu, missing))}
     @cached_property
+    def leased(self) -> dict:
+        "name of an earlier lease -> the comparisons of the tier gpu that it can make, within itself."
+        return {name: comparisons(records, GPU_PLANS) for name, records in self.before.items()}
+    @cached_property
     def laws(self) -> dict:
         "tier -> {name: its law}."
         return {tier: laws(self, records) for tier, records in self.tiers.items()}
@@ -708,9 +712,10 @@ GPU_PLANS = PLANNED | GPU_PLANNED | EXTENDED | GPU_EXTENDED
 def again(e:Evidence, decided:bool=True) -> list[dict]:
     "What earlier leases say, each within itself, of the comparisons of the tier gpu (of those it `decided`): `lease`, the row there, `same`: whether its sign is that here. Of decided ones, runs with one seed or a diverged one say nothing."
     def able(records, m, *runs): return _has(records, m, *runs) and all(len(records[r]["per_clip"][full_name(m)]) > 1 or not records[r]["config"]["steps"] for r in runs)
-    here = [r for r in e.tested["gpu"] + e.added["gpu"] if not decided or outcome(r) in ("as claimed", "against")]
-    found = [(r, name, compare(records, r["a"], r["b"], r["metric"]) | _diverged_of(records, (r["a"], r["b"]))) for r in here for name, records in e.before.items() if able(records, r["metric"], r["a"], r["b"])]
-    return [dict(lease=name, claim=r["claim"], same=there["difference"]*r["difference"] > 0) | there for r, name, there in found if not (decided and there["diverged"])]
+    def key(r): return r["claim"], r["a"], r["b"], r["metric"]
+    here = {key(r): r for r in e.tested["gpu"] + e.added["gpu"] if not decided or outcome(r) in ("as claimed", "against")}
+    return [dict(lease=name, same=there["difference"]*here[key(there)]["difference"] > 0, **there) for name, made in e.leased.items() for there in made
+            if key(there) in here and able(e.before[name], there["metric"], there["a"], there["b"]) and not (decided and there["diverged"])]
 
 def again_macros(e:Evidence) -> dict:
     """again.distinct: comparisons that the tier gpu decided and an earlier lease had made too; again.<n, same, sure>: in how many instances, of these with the same sign, and with an interval that excludes 0.
@@ -721,7 +726,7 @@ def again_macros(e:Evidence) -> dict:
     for name in LEASES:
         records = e.before.get(name, {})
         out |= {f"again.{name}.runs": len(records), f"again.{name}.diverged": names_of(run for run, record in records.items() if diverged(record))}
-        out |= {f"again.{name}.{k}": v for k, v in (_absent() | diff_macros(comparisons(records, GPU_PLANS))).items() if k.startswith(("diff.", "told."))}
+        out |= {f"again.{name}.{k}": v for k, v in (_absent() | diff_macros(e.leased.get(name, []))).items() if k.startswith(("diff.", "told."))}
     return {k: str(v) for k, v in out.items()}
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d7
@@ -883,19 +888,22 @@ def _groups(titles, width:int, first:int=2) -> str:
 
 SHOWN = (*BASIC[:-1], "qlora-uniform", UNGATED, "qlora-cover-k4", "tqlora", "tqlora-cover", "all", "all-k4", "qlora-text")      # in tables with many columns; the records hold the others
 
+def _shown_table(e:Evidence, columns:str, header:list, row, told=bool) -> str:
+    "`row` of every run of `SHOWN` that has what it tells (`told`), by tier."
+    def rows(records): return [[run_name(run), *row(records[run])] for run in SHOWN if run in records and told(records[run])]
+    return tabular(columns, header, _parts(e.tiers, rows, len(columns)))
+
 def retrieval_table(e:Evidence) -> str:
     "Retrieval within galleries, both directions."
     header = [_groups(DIRECTIONS.values(), len(RETRIEVAL)), ["Run", *list(RETRIEVAL.values())*2]]
-    def row(r): return [_inline(cell(r, f"test.{d}_{m}", m == "r1")) for d in DIRECTIONS for m in RETRIEVAL]
-    return tabular("l" + "r"*8, header, _parts(e.tiers, lambda records: [[run_name(run), *row(records[run])] for run in SHOWN if run in records], 9))
+    return _shown_table(e, "l" + "r"*8, header, lambda r: [_inline(cell(r, f"test.{d}_{m}", m == "r1")) for d in DIRECTIONS for m in RETRIEVAL])
 
 # %% ../nbs/14a_report.ipynb #ece3b493
 def ood_table(e:Evidence) -> str:
     "Exact match and transient events on both splits, and exact match out of domain without the corruption that no run survives."
     names = [f"{s}.{m}" for m in ("exact", "transient") for s in SPLITS]
     header = [_groups(("Exact", "Transient"), 2), ["Run", *["test", "ood"]*2, f"Exact, ood, less {DEAD}"]]
-    def row(r): return [*(_inline(cell(r, n, n.endswith("exact"))) for n in names), number(by_corruption(r).get("rest"))]
-    return tabular("lrrrrr", header, _parts(e.tiers, lambda records: [[run_name(run), *row(records[run])] for run in SHOWN if run in records], 6))
+    return _shown_table(e, "lrrrrr", header, lambda r: [*(_inline(cell(r, n, n.endswith("exact"))) for n in names), number(by_corruption(r).get("rest"))])
 
 def cost_table(e:Evidence) -> str:
     "What each run costs, in counts that do not depend on what else the machine did; a dash where a record lacks one."
@@ -1116,9 +1124,9 @@ def gpu_beyond_table(e:Evidence) -> str:
 def corruptions_table(e:Evidence) -> str:
     "Exact match by corruption; first the clean test split, last all corruptions but the one that no run survives."
     kinds = [k for k in by_corruption(e.records[REFERENCE]) if k != "rest"] + ["rest"]
-    def rows(records): return [[run_name(run), cell(records[run], "test.exact"), *(number(by_corruption(records[run]).get(k)) for k in kinds)] for run in SHOWN if run in records and by_corruption(records[run])]
+    def row(r): return [cell(r, "test.exact"), *(number(by_corruption(r).get(k)) for k in kinds)]
     header = ["Run", "Clean", *map(str.capitalize, kinds[:-1]), f"All but {DEAD}"]
-    return tabular("l" + "r"*(len(kinds) + 1), [header], _parts(e.tiers, rows, len(header)))
+    return _shown_table(e, "l" + "r"*(len(kinds) + 1), [header], row, by_corruption)
 
 def oodpairs_table(e:Evidence) -> str:
     "The differences of C7 out of domain, by corruption: where a gain goes."
@@ -1258,11 +1266,10 @@ def laws_table(fits:dict) -> str:
 # %% ../nbs/14a_report.ipynb #c6b8f653
 def errors_table(e:Evidence) -> str:
     "Wrong captions of the test split, all seeds, each once, in the four kinds of the text: how many captions, share wrong, then shares of the wrong ones."
-    def row(run, r):
+    def row(r):
         found = first_errors(r["per_clip"])
-        return [run_name(run), count(found["n"]), count(found["wrong"]), *(f"{count(found[k])} ({number(100*found[k]/max(1, found['wrong']), 0)}\\,\\%)" for k in FIRST)]
-    def rows(records): return [row(run, records[run]) for run in SHOWN if run in records and "test.slots" in records[run]["per_clip"]]
-    return tabular("l" + "r"*(len(FIRST) + 2), [["Run", "Captions", "Wrong", *map(str.capitalize, FIRST)]], _parts(e.tiers, rows, len(FIRST) + 3))
+        return [count(found["n"]), count(found["wrong"]), *(f"{count(found[k])} ({number(100*found[k]/max(1, found['wrong']), 0)}\\,\\%)" for k in FIRST)]
+    return _shown_table(e, "l" + "r"*(len(FIRST) + 2), [["Run", "Captions", "Wrong", *map(str.capitalize, FIRST)]], row, lambda r: "test.slots" in r["per_clip"])
 
 def kinds_table(runs:dict, references:list[str]) -> str:
     "A row per run of {name: predictions}: captions, share right, then the share with each finer kind of error."

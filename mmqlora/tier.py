@@ -251,7 +251,7 @@ def _rated_like(params:Params, run:str) -> str:
 def _lowest(losses:dict[float, list[float]]) -> float:
     "Of the values whose mean loss is within `SLACK` of the least, the lowest; of those that were tried with all seeds, as far as there are any."
     most = max(map(len, losses.values()))
-    mean = {value: loss for value, found in losses.items() if len(found) == most and np.isfinite(loss := np.mean(found))}
+    mean = {value: np.nan_to_num(np.mean(found), nan=np.inf) for value, found in losses.items() if len(found) == most}
     return min(value for value, loss in mean.items() if loss <= SLACK*min(mean.values()))
 
 def chosen_rates(params:Params, trials:list[dict]) -> dict:
