@@ -8,8 +8,8 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LOST', 'IN_SHORT', 'KEY', 'KEY_OOD',
            'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'BESIDE', 'SHOWN', 'EASED',
            'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
-           'load_results', 'Files', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals', 'number',
-           'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged',
+           'load_results', 'Files', 'Compared', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals',
+           'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged',
            'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'unmade', 'outcomes', 'verdict',
            'metric_macros', 'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
            'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
@@ -120,12 +120,8 @@ class Files:
     joined: dict = field(default_factory=dict)        # results/benchmarks/merged.json
 
 # %% ../nbs/14a_report.ipynb #5b20d6fe
-class Evidence(Files):
-    "Everything that the report is made of: what it reads, and what follows from that, computed once."
-    @property
-    def tiers(self) -> dict:
-        "tier -> its records: our own, then the tier gpu, if it has the reference run."
-        return {self.tier: self.records} | ({"gpu": self.gpu} if REFERENCE in self.gpu else {})
+class Compared(Files):
+    "What the report reads, and what is compared with what, computed once."
     @cached_property
     def tested(self) -> dict:
         "tier -> its planned comparisons."
@@ -148,6 +144,14 @@ class Evidence(Files):
     def leased(self) -> dict:
         "name of an earlier lease -> the comparisons of the tier gpu that it can make, within itself."
         return {name: comparisons(records, GPU_PLANS) for name, records in self.before.items()}
+
+# %% ../nbs/14a_report.ipynb #5b20d6ff
+class Evidence(Compared):
+    "Everything that the report is made of: what it reads, and what follows from that, computed once."
+    @property
+    def tiers(self) -> dict:
+        "tier -> its records: our own, then the tier gpu, if it has the reference run."
+        return {self.tier: self.records} | ({"gpu": self.gpu} if REFERENCE in self.gpu else {})
     @cached_property
     def laws(self) -> dict:
         "tier -> {name: its law}."
