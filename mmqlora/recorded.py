@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'unasked', 'rounded', 'first_label', 'Again', 'record', 'holding', 'Recorded', 'recordable']
 
-# %% ../nbs/08i_recorded.ipynb #51b59d72
+# %% ../nbs/08i_recorded.ipynb #ebe2a7e2
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .temporal import set_frame_signals, takes_signals
 
-# %% ../nbs/08i_recorded.ipynb #6e534db7
+# %% ../nbs/08i_recorded.ipynb #70fecbfe
 def _tower(vision, stock, pixel_values, patch_attention_mask=None, **kwargs):
     "Patch features (frames, patches, hidden), in the place of the tower's whole forward."
     patches = vision.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
@@ -41,7 +41,7 @@ def unasked(base:nn.Module):
     finally:
         for module in swaps: del module.forward
 
-# %% ../nbs/08i_recorded.ipynb #d2b7f40b
+# %% ../nbs/08i_recorded.ipynb #a6e47fbb
 STEP = 8                                                               # tokens
 
 def rounded(batch:dict) -> dict:
@@ -54,7 +54,7 @@ def first_label(labels:torch.Tensor) -> int:
     "The first column (L,) with a label of (B, L), rounded down; at least 1."
     return max(1, int((labels != -100).any(0).float().argmax())//STEP*STEP)
 
-# %% ../nbs/08i_recorded.ipynb #0c8e2020
+# %% ../nbs/08i_recorded.ipynb #7466d596
 class Again:
     "What stands for a graph on a CPU: the work itself, with its result where it was."
     def __init__(self, work): self.work, self.result = work, work()
@@ -72,7 +72,7 @@ def record(work, pool=None) -> tuple:
     with torch.cuda.graph(graph, pool=pool): result = work()
     return graph, result
 
-# %% ../nbs/08i_recorded.ipynb #8a34da5d
+# %% ../nbs/08i_recorded.ipynb #bf85e3c8
 @contextmanager
 def holding(state, units:torch.Tensor):
     "While open, every forward pass finds the features of its units in this tensor and the places of its tokens on its device: a recorded one reads them there anew."
@@ -81,7 +81,7 @@ def holding(state, units:torch.Tensor):
     try: yield
     finally: state.held = {}
 
-# %% ../nbs/08i_recorded.ipynb #1d3aff26
+# %% ../nbs/08i_recorded.ipynb #b5636ba7
 class Recorded:
     "Mean loss of a batch, whose gradient is left in the parameters, as a CUDA graph for each shape. `loss(batch, first=...)`: of a batch whose first label stands there or later."
     def __init__(self, model:nn.Module, loss):
@@ -106,21 +106,25 @@ class Recorded:
         set_frame_signals(self.model, signals)
         return {"units": self.state.layout.units(1)}
 
-    def _record(self, batch, signals, known, first:int) -> tuple:
-        buffers = {k: v.clone() for k, v in (batch | known).items()}
-        given = {k: buffers[k] for k in batch} | {"signals": signals}
-        with unasked(self.base), holding(self.state, buffers["units"]) if known else nullcontext():
-            graph, loss = record(lambda: self._gradients(given, first), self.pool)
-        if self.pool is None and torch.cuda.is_available(): self.pool = graph.pool()
-        return graph, loss, buffers
-
     def _gradients(self, batch, first:int) -> torch.Tensor:
         if had := [p.grad for p in self.trained if p.grad is not None]: torch._foreach_zero_(had)
         loss = self.loss(batch, first=first)
         loss.backward()
         return loss.detach()
 
-# %% ../nbs/08i_recorded.ipynb #e8c749a1
+# %% ../nbs/08i_recorded.ipynb #df9d67c2
+def _record(self:Recorded, batch:dict, signals, known:dict, first:int) -> tuple:
+    "(graph, its loss, the buffers it reads)"
+    buffers = {k: v.clone() for k, v in (batch | known).items()}
+    given = {k: buffers[k] for k in batch} | {"signals": signals}
+    with unasked(self.base), holding(self.state, buffers["units"]) if known else nullcontext():
+        graph, loss = record(lambda: self._gradients(given, first), self.pool)
+    if torch.cuda.is_available(): self.pool = graph.pool()
+    return graph, loss, buffers
+
+Recorded._record = _record
+
+# %% ../nbs/08i_recorded.ipynb #d4d680a7
 def recordable(model:nn.Module) -> bool:
     "Whether a step of `model` can be recorded: a SmolVLM on a GPU, neither in int8 nor after `low_memory`, which records by itself."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
