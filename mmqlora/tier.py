@@ -236,7 +236,7 @@ def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="
     return [j for j in todo if not is_done(params, j, out, base)]
 
 # %% ../nbs/12b_tier.ipynb #52a9aac8
-SLACK = 1.1                                                                                # a lower rate with at most this times the least loss is taken instead
+SLACK = {"lr": 1.1}                                                                        # a lower rate with at most this times the least loss is taken instead: single seeds diverge at the best one
 
 def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
     "run, seed, field values and mean dev loss of the trials that were done."
@@ -248,11 +248,11 @@ def _rated_like(params:Params, run:str) -> str:
     config = run_config(params, run)
     return {"none": config.method, "input": run}.get(config.gate, "gated")
 
-def _lowest(losses:dict[float, list[float]]) -> float:
-    "Of the values whose mean loss is within `SLACK` of the least, the lowest; of those that were tried with all seeds, as far as there are any."
+def _lowest(losses:dict[float, list[float]], slack:float) -> float:
+    "Of the values whose mean loss is at most `slack` times the least, the lowest; of those that were tried with all seeds, as far as there are any."
     most = max(map(len, losses.values()))
     mean = {value: np.nan_to_num(np.mean(found), nan=np.inf) for value, found in losses.items() if len(found) == most}
-    return min(value for value, loss in mean.items() if loss <= SLACK*min(mean.values()))
+    return min(value for value, loss in mean.items() if loss <= slack*min(mean.values()))
 
 def chosen_rates(params:Params, trials:list[dict]) -> dict:
     "What `trials` say should stand in `override` of the profile: {method, 'gated' or run: {field: value}}."
@@ -260,7 +260,7 @@ def chosen_rates(params:Params, trials:list[dict]) -> dict:
     for run, field in [(run, field) for run, fields in tuned_fields(params).items() for field in fields]:
         tried = [t for t in trials if t["run"] == run and field in t]
         losses = {v: [t["loss"] for t in tried if t[field] == v] for v in {t[field] for t in tried}}
-        if losses: best.setdefault(_rated_like(params, run), {})[field] = _lowest(losses)
+        if losses: best.setdefault(_rated_like(params, run), {})[field] = _lowest(losses, SLACK.get(field, 1.))
     return best
 
 # %% ../nbs/12b_tier.ipynb #a51c7e91
