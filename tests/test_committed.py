@@ -86,7 +86,7 @@ def test_the_runs_of_a_lease_share_its_base_model(lease):
     if (tuned := ROOT/f"results/{lease}-tune.json").is_file() and lease != "gpu": assert bases == {read_json(tuned)["base_hash"]}     # those of the tier may be of a lease before
 
 
-@pytest.mark.parametrize("name, chosen", [("tune", False), ("gpu-tune", True), ("gpu-fourth-tune", True)])
+@pytest.mark.parametrize("name, chosen", [("tune", False), ("gpu-tune", True)])
 def test_the_rates_that_were_tried_hold_a_loss_for_every_value_of_the_grid(name, chosen):
     record = json.loads((ROOT/f"results/{name}.json").read_text())
     for run, grid in record["config"]["grid"].items():
