@@ -497,7 +497,6 @@ def temporal_configs(model) -> dict[str, TemporalLoraConfig]:
 class FrameState:
     "What the hooks note and the gated layers read: the layout of the current forward pass."
     told = None                                                        # The model's `FrameInput`, if an adapter has one
-    held = {}                                                          # What each forward pass finds known (see `recorded.holding`)
     def __init__(self, layout:Layout): self.layout, self.inside, self.checkpointed, self.layers, self.blocks, self.shares, self.handles = layout, False, [], [], {}, True, []
 
     def set(self, signal, frames=None, device=None):
@@ -512,7 +511,7 @@ class FrameState:
         tower = grids or ({} if isinstance(seen, torch.Tensor) else self.layout.tower)
         if kwargs.get("video_compression_mask") is not None: tower = tower | {"kept": kwargs["video_compression_mask"].cpu()}
         past = kwargs.get("past_key_values")
-        self.layout = replace(self.layout, ids=None if seen is None else ids, tower=tower, cache={**self.held},
+        self.layout = replace(self.layout, ids=None if seen is None else ids, tower=tower, cache={},
                               blind=seen is not None and ids is None and self.layout.family.token_id is not None, resumed=past is not None and past.get_seq_length() > 0,
                               pixels=tuple(seen.shape) if isinstance(seen, torch.Tensor) else None)
         self.inside = True

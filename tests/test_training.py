@@ -255,7 +255,7 @@ def test_rounds_of_prompts_from_one_reading_are_answered_as_each_by_itself(train
     assert together == alone and len(set(together[0])) > 3
 
 
-@pytest.mark.parametrize("change", [{}, GATED, GATED | dict(gate="input"), dict(method="full", lr=1e-3), dict(method="lora"), dict(method="qdora"), dict(method="bottleneck", quantization="nf4"),
+@pytest.mark.parametrize("change", [{}, dict(method="full", lr=1e-3), dict(method="lora"), dict(method="qdora"), dict(method="bottleneck", quantization="nf4"),
                                     dict(method="prefix", quantization="nf4"), dict(method="ia3", quantization="nf4"), dict(ranks={"vision": 4}), dict(allocation="prune", budget_rank=2)],
                          ids=lambda c: "-".join(map(str, c.values())) or "qlora")
 def test_recorded_steps_teach_the_same(training, short, change, monkeypatch):
