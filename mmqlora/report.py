@@ -1391,9 +1391,9 @@ def macros_tex(values:dict) -> str:
     return "".join(f"\\defval{{{k}}}{{{v}}}\n" for k, v in sorted(values.items()))
 
 # %% ../nbs/14a_report.ipynb #3aed551e
-def write_report(tier:str, out="paper/generated") -> Path:
-    "Write macros.tex, tables/, figures/ and results.md of `tier` into `out`, replacing it as a whole; returns the folder."
-    evidence, target = load_evidence(tier), repo_path(out)
+def write_report(evidence:Evidence, out="paper/generated") -> Path:
+    "Write macros.tex, tables/, figures/ and results.md into `out`, replacing it as a whole; returns the folder."
+    target = repo_path(out)
     with fresh_folder(target) as new:
         write_text(new/"macros.tex", macros_tex(macros(evidence)))
         write_text(new/"results.md", results_markdown(evidence))

@@ -12,7 +12,6 @@ from itertools import product
 
 import numpy as np
 from scipy.optimize import least_squares
-from scipy.special import logsumexp
 
 from .core import InputError
 from .statistics import holm, paired_permutation
@@ -92,7 +91,7 @@ def _misfit(p, logx, logy) -> tuple[np.ndarray, np.ndarray]:
     "Residuals of log L, and their derivatives, at p = [log A..., a..., log E] with x in units of its geometric mean."
     k = logx.shape[1]
     terms = np.column_stack([p[:k] - p[k:2*k]*logx, np.full(len(logx), p[-1])])
-    total = logsumexp(terms, axis=1)
+    total = np.logaddexp.reduce(terms, axis=1)
     share = np.exp(terms - total[:, None])
     return total - logy, np.column_stack([share[:, :k], -share[:, :k]*logx, share[:, k]])
 
