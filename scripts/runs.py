@@ -23,8 +23,10 @@ from mmqlora.core import cores, read_json, repo_path
 
 
 def stale(runs:list[str]) -> list[str]:
-    "Stages `finetune@run` whose inputs or results changed: of these runs, or of all."
-    with Repo() as repo: return list(repo.status([f"finetune@{r}" for r in runs] or ["finetune"]))
+    "Stages `finetune@run` whose inputs or results changed: of these runs, or of all; what their code is, is found out first."
+    with Repo(_wait_for_lock=True) as repo:
+        repo.reproduce("code", single_item=True)
+        return list(repo.status([f"finetune@{r}" for r in runs] or ["finetune"]))
 
 
 def weight(config:RunConfig) -> float:
