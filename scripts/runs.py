@@ -10,16 +10,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
+import dvc.dvcfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
 
 from mmqlora.config import Params, RunConfig, load_params, run_config
-from mmqlora.core import cores, read_json, repo_path
+from mmqlora.core import atomic_path, cores, read_json, repo_path
 
 
 def stale(runs:list[str]) -> list[str]:
@@ -39,6 +43,23 @@ def expected(params:Params, name:str) -> float:
     "The seconds that a run took when it was last recorded under this profile, as is mostly the case; else its `weight`."
     record = repo_path("results", params.profile, f"{name}.json")
     return read_json(record)["cost"]["total_seconds"] if record.is_file() else weight(run_config(params, name))
+
+
+LOCK = YAML(typ="safe")                      # libyaml's: DVC reads with it too, but writes with the one that keeps comments and takes ten times as long
+LOCK.default_flow_style, LOCK.sort_base_mapping_type_on_output = False, False
+LOCK.representer.add_representer(OrderedDict, SafeRepresenter.represent_dict)
+
+
+@contextmanager
+def modify_yaml(path, fs=None):
+    "As DVC's own, for dvc.lock, in which nobody writes comments."
+    path = Path(path)
+    data = LOCK.load(path) if path.is_file() else {}
+    yield data
+    with atomic_path(path) as tmp: LOCK.dump(data, tmp)
+
+
+dvc.dvcfile.modify_yaml = modify_yaml        # for `Lockfile.dump_stages`, here and in the workers
 
 
 def reproduce(stage:str) -> str:
