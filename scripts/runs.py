@@ -98,11 +98,12 @@ def walk(weights:dict[str, float], workers:int) -> list[str]:
 
 
 def main() -> int:
-    waiting, params = stale(sys.argv[1:]), load_params()
-    if not waiting: return 0
-    have, begin = cores(), time.monotonic()
-    os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
-    with warm(): wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
+    begin, have, params = time.monotonic(), cores(), load_params()
+    with warm():                              # imports while DVC finds out what is stale
+        waiting = stale(sys.argv[1:])
+        if not waiting: return 0
+        os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
+        wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
     print(f"== {len(waiting)} runs, {(time.monotonic() - begin)/60:.1f} min in all", flush=True)
     for line in wrong: print(f"mmqlora: {line}", file=sys.stderr)
     return bool(wrong)
