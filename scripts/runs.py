@@ -19,6 +19,7 @@ from pathlib import Path
 import dvc.dvcfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.utils.serialize import modify_yaml as in_its_layout
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
@@ -104,6 +105,7 @@ def main() -> int:
         if not waiting: return 0
         os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
         wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
+    with in_its_layout(repo_path("dvc.lock")): pass                # DVC breaks long lines elsewhere, which git would tell
     print(f"== {len(waiting)} runs, {(time.monotonic() - begin)/60:.1f} min in all", flush=True)
     for line in wrong: print(f"mmqlora: {line}", file=sys.stderr)
     return bool(wrong)

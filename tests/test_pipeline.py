@@ -9,7 +9,6 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from hashlib import md5
 
-import dvc.utils.serialize
 import nbformat
 import pytest
 import yaml
@@ -113,12 +112,13 @@ def test_a_run_is_recorded_as_dvc_records_it(corridor):
 
 def test_what_is_recorded_reads_as_what_dvc_would_have_written(tmp_path):
     values = dict(text=["1e5", "0123", "on", "no", "12:30", "~", "", "a: b", "über", "x "*99], numbers=[1e-5, 8e-3, 1e20, 12, True, None], rows=[OrderedDict(z=1, a={})])
-    write, own = runs.modify_yaml, dvc.utils.serialize.modify_yaml
-    for name, modify in (("ours", write), ("theirs", own)):
+    for name, modify in (("ours", runs.modify_yaml), ("theirs", runs.in_its_layout)):
         shutil.copy(ROOT/"dvc.lock", tmp_path/name)
         with modify(tmp_path/name) as data: data["stages"]["new"] = values
     told = [YAML(typ="safe").load(tmp_path/name) for name in ("ours", "theirs")]
     assert told[0] == told[1] and told[0]["stages"]["new"]["text"] == values["text"] and list(told[0]["stages"]) == list(told[1]["stages"])
+    with runs.in_its_layout(tmp_path/"ours"): pass
+    assert (tmp_path/"ours").read_text() == (tmp_path/"theirs").read_text()
 
 
 def test_there_is_a_stage_for_every_experiment_and_a_run_for_every_line_of_params():
