@@ -101,7 +101,7 @@ def _note_rows(model:nn.Module, clip:Clip):
     entrances = [(module, name) for module in model.modules() for name in ENTRANCES if hasattr(module, name)]
     for module, name in entrances: setattr(module, name, noting(getattr(module, name)))
     def note(module, args, kwargs): clip.frames = seen.shape[1] if torch.is_tensor(seen := pixels(kwargs)) and seen.ndim == 5 else None
-    if not entrances: model.register_forward_pre_hook(note, with_kwargs=True)                  # idefics
+    model.register_forward_pre_hook(note, with_kwargs=True)               # idefics has no entrance, and a recorded step goes past it
 
 # %% ../nbs/08b_bottleneck.ipynb #22b7fb6c
 def _note_grids(model:nn.Module, clip:Clip):

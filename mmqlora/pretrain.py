@@ -27,6 +27,7 @@ from .core import code_version, git_commit, rng_for, versions, write_text
 from .grammar import vocabulary
 from .model import new_model, save_model, small_config
 from .questions import instructions, questions
+from .recorded import record, tower_features
 from .render import render, tones
 from .scenes import BASE_MIX, FRAMES, base_scene
 
@@ -79,9 +80,7 @@ def base_tasks(n:int, seed:int=0, transient:float=0., workers:int|None=None) -> 
 # %% ../nbs/09a_pretrain.ipynb #2ff98690
 def patch_features(vision, pixels):
     "What a vision tower makes of frames (B, 3, S, S) uint8: (B, patches, hidden)."
-    patches = vision.embeddings.patch_embedding(pixel_values(pixels)).flatten(2).transpose(1, 2)
-    seen = vision.encoder(inputs_embeds=patches + vision.embeddings.position_embedding.weight, attention_mask=None)
-    return vision.post_layernorm(seen.last_hidden_state)
+    return tower_features(vision, pixel_values(pixels))
 
 def causal_hidden(text, x):
     "Last hidden states (B, L, H) of a Llama for embeddings x without padding. No mask is written out, which transformers does while a graph is recorded."
@@ -212,14 +211,8 @@ class TaskStepper(Stepper):
 def _record(stepper:Stepper, rows, frames):
     "Warm up and record the update for these shapes as a CUDA graph: (graph, its inputs, its loss)."
     inputs = rows.clone(), frames.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3): stepper.update(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    stepper.memory = stepper.memory or torch.cuda.graph_pool_handle()       # graphs run one at a time and share their memory
-    with torch.cuda.graph(graph, pool=stepper.memory): loss = stepper.update(*inputs)
+    graph, loss = record(lambda: stepper.update(*inputs), stepper.memory)
+    stepper.memory = graph.pool()                                        # graphs run one at a time and share their memory
     return graph, inputs, loss
 
 def run_step(stepper:Stepper, mode, pool, rate:float) -> torch.Tensor:

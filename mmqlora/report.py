@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', 'TOLD', 'RETAINED', 'COSTS', 'LATER', 'GPU_GROUPS',
-           'GPU_PLAN', 'GPU_ADDED', 'LEASES', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS', 'GPU_INTERACTIONS',
-           'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LOST', 'IN_SHORT', 'KEY', 'KEY_OOD',
-           'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'BESIDE', 'SHOWN', 'EASED',
-           'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES', 'ASKS', 'MADE', 'check_record',
-           'load_results', 'Files', 'Compared', 'Evidence', 'load_gpu', 'load_lease', 'load_evidence', 'decimals',
-           'number', 'count', 'in_kib', 'p_text', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged',
-           'comparisons', 'interactions', 'expected', 'outcome', 'survives', 'unmade', 'outcomes', 'verdict',
-           'metric_macros', 'cost_macros', 'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row',
-           'verdict_macros', 'more_macros', 'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws',
-           'percent', 'law_macros', 'processor_macros', 'joined_macros', 'measured', 'planner_errors', 'planner_delays',
-           'planner_paces', 'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again',
-           'again_macros', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros',
+           'GPU_PLAN', 'GPU_ADDED', 'ORDINALS', 'LEASES', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS',
+           'GPU_INTERACTIONS', 'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LOST', 'IN_SHORT',
+           'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'DECIDED',
+           'WORDS', 'BESIDE', 'SHOWN', 'EASED', 'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES',
+           'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Compared', 'Evidence', 'load_gpu', 'load_lease',
+           'base_of', 'leases_before', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name',
+           'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions', 'expected', 'outcome',
+           'survives', 'unmade', 'outcomes', 'verdict', 'metric_macros', 'cost_macros', 'mark_of', 'told',
+           'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros', 'damaged', 'ood_parts',
+           'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros', 'processor_macros',
+           'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'planner_paces', 'gate_macros',
+           'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again', 'left_open', 'again_macros',
+           'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros',
            'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
            'baselines_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'extended_table',
            'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table',
@@ -190,11 +191,20 @@ def _whole(record:dict, run:str, where:str) -> dict:
     if record["config_hash"] != content_hash(record["config"]): raise InputError(where, "its hash is not that of its settings")
     return record
 
-LEASES = ("first", "second", "third")                 # earlier leases of the tier gpu, results/gpu-<name>
+ORDINALS = tuple("first second third fourth fifth sixth".split())
+LEASES = ORDINALS[:3]                                 # leases of the tier gpu that are kept as results/gpu-<name>
 
 def load_lease(folder) -> dict:
     "run -> result record of an earlier lease, each checked within itself: its base and its rates are not those of `load_gpu`. Never compare records of two leases."
     return _ordered({p.stem: _whole(read_json(p), p.stem, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))})
+
+def base_of(records:dict) -> str|None:
+    "Hash of the base model of a lease's records, by which leases are told apart; None without records."
+    return next((record.get("base") for record in records.values()), None)
+
+def leases_before(leases:dict, gpu:dict) -> dict:
+    "Of `leases` {name: records} those before that of the records `gpu`: what has their base model is a copy of them."
+    return {name: records for name, records in leases.items() if records and base_of(records) != base_of(gpu)}
 
 # %% ../nbs/14a_report.ipynb #a43ea011
 def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json", joined="results/benchmarks/merged.json", gpu_tune="results/gpu-tune.json") -> Evidence:
@@ -204,10 +214,10 @@ def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune=
     for path in (weights, repo_path(frames, "contact.png")):
         if not path.is_file(): raise InputError(path, "no such file", "dvc repro frames pretrain")
     read = {name: read_json(repo_path(frames, f"{name}.json")) for name in ("corpus", "selection")}
-    records = load_results(tier, params)
+    records, gpu = load_results(tier, params), load_gpu()
     sizes = {b: read_json(repo_path(b, "log.json"))["params"] for b in sorted({r["config"]["base"] for r in records.values()})}
     return Evidence(tier, params, records, sizes=sizes, contact=repo_path(frames, "contact.png"), base=read_json(repo_path(base, "log.json")),
-                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=load_gpu(), before={name: found for name in LEASES if (found := load_lease(f"results/gpu-{name}"))},
+                    base_bytes=weights.stat().st_size, tune=read_json(repo_path(tune)), efficiency=read_json(repo_path(efficiency)), gpu=gpu, before=leases_before({name: load_lease(f"results/gpu-{name}") for name in LEASES}, gpu),
                     cpu=read_json(repo_path(cpu)), joined=read_json(repo_path(joined)), gpu_tune=read_json(repo_path(gpu_tune)) if repo_path(gpu_tune).is_file() else None, **read)
 
 # %% ../nbs/14a_report.ipynb #5716c83c
@@ -710,23 +720,44 @@ def _absent() -> dict:
     return out | {f"{run}.{m}{end}": "n/a" for run in (*GPU_PLAN, *GPU_ADDED) for m in names for end in ("", ".lo", ".hi", ".least", ".most")}
 
 
+# %% ../nbs/14a_report.ipynb #e1a7c3e1
+def _measure(metric:str) -> str: return (BEYOND.get(full_name(metric)) or MEASURES[metric]).lower()
+
+def _named(row:dict, name, claim:str) -> str:
+    "A comparison, or a difference of two, in words."
+    pairs = [(row["a"], row["b"])] if isinstance(row["a"], str) else [row["a"], row["b"]]
+    return " less ".join(" $-$ ".join(map(name, pair)) for pair in pairs) + (f", {_measure(row['metric'])}" if row["metric"] != "exact" else "") + ", ood"*(claim == "C7")
+
 # %% ../nbs/14a_report.ipynb #e1a7c3d6
 GPU_PLANS = PLANNED | GPU_PLANNED | EXTENDED | GPU_EXTENDED
+DECIDED = ("as claimed", "against")                   # outcomes
 
 def again(e:Evidence, decided:bool=True) -> list[dict]:
-    "What earlier leases say, each within itself, of the comparisons of the tier gpu (of those it `decided`): `lease`, the row there, `same`: whether its sign is that here. Of decided ones, runs with one seed or a diverged one say nothing."
+    "What earlier leases say, each within itself, of the comparisons of the tier gpu (of those it `decided`): `lease`, the row there, `same`: whether its sign is that here, `here`: its outcome here. Of decided ones, runs with one seed or a diverged one say nothing."
     def able(records, m, *runs): return _has(records, m, *runs) and all(len(records[r]["per_clip"][full_name(m)]) > 1 or not records[r]["config"]["steps"] for r in runs)
     def key(r): return r["claim"], r["a"], r["b"], r["metric"]
-    here = {key(r): r for r in e.tested["gpu"] + e.added["gpu"] if not decided or outcome(r) in ("as claimed", "against")}
-    return [dict(lease=name, same=there["difference"]*here[key(there)]["difference"] > 0, **there) for name, made in e.leased.items() for there in made
+    here = {key(r): r for r in e.tested["gpu"] + e.added["gpu"] if not decided or outcome(r) in DECIDED}
+    return [dict(lease=name, same=there["difference"]*here[key(there)]["difference"] > 0, here=outcome(here[key(there)]), **there) for name, made in e.leased.items() for there in made
             if key(there) in here and able(e.before[name], there["metric"], there["a"], there["b"]) and not (decided and there["diverged"])]
+
+def left_open(e:Evidence) -> str:
+    "What earlier leases had decided of the comparisons of the tier gpu that are open here, in a sentence."
+    found = {}
+    for r in again(e, decided=False):
+        if r["here"] == "open" and outcome(r) in DECIDED: found.setdefault(_named(r, run_name, r["claim"]), []).append(f"{told(r)} ({r['lease']})")
+    return "; ".join(f"{name} {', '.join(leases)}" for name, leases in found.items()) or "nothing"
+
+# %% ../nbs/14a_report.ipynb #e1a7c3e4
+WORDS = "no one two three four five six".split()
 
 def again_macros(e:Evidence) -> dict:
     """again.distinct: comparisons that the tier gpu decided and an earlier lease had made too; again.<n, same, sure>: in how many instances, of these with the same sign, and with an interval that excludes 0.
+    again.left: `left_open`; again.leases: how many there are; again.times: with this one; again.anew: the names of those that made the whole tier anew, as the fourth was the first to do.
     again.<lease>.<runs, diverged>, again.<lease>.<diff, told>.<a>.<b>.<metric>: of a lease, within itself."""
     rows = again(e)
     out = {"again.n": len(rows), "again.same": sum(r["same"] for r in rows), "again.sure": sum(r["same"] and (r["low"] > 0 or r["high"] < 0) for r in rows),
-           "again.distinct": len({(r["claim"], r["a"], r["b"], r["metric"]) for r in rows})}
+           "again.distinct": len({(r["claim"], r["a"], r["b"], r["metric"]) for r in rows}), "again.left": left_open(e)}
+    out |= {"again.leases": WORDS[len(e.before)], "again.times": WORDS[len(e.before) + 1], "again.anew": " and a ".join(ORDINALS[3:len(e.before) + 1])}
     for name in LEASES:
         records = e.before.get(name, {})
         out |= {f"again.{name}.runs": len(records), f"again.{name}.diverged": names_of(run for run, record in records.items() if diverged(record))}
@@ -734,18 +765,29 @@ def again_macros(e:Evidence) -> dict:
     return {k: str(v) for k, v in out.items()}
 
 # %% ../nbs/14a_report.ipynb #e1a7c3d7
+def tuned_in(e:Evidence) -> str:
+    "The lease whose base model the rates of the tier gpu were tried on, as the text calls it."
+    leases = {base_of(e.gpu): "the same lease"} | {base_of(records): f"the {name} lease" for name, records in e.before.items()}
+    return leases.get((e.gpu_tune or {}).get("base_hash", ""), "another lease")
+
+def thin(e:Evidence) -> str:
+    "The claims of the tier gpu with a comparison of a run that trained with two seeds, as the text lists them."
+    def two(run): return bool(e.gpu[run]["config"]["steps"]) and len(e.gpu[run]["config"]["seeds"]) == 2
+    found = [c for c in claims() if any(r["claim"] == c and (two(r["a"]) or two(r["b"])) for r in e.tested["gpu"] + e.added["gpu"])]
+    return " and ".join(filter(None, (", ".join(found[:-1]), *found[-1:]))) or "no claim"
+
 def _about_gpu(e:Evidence) -> dict:
     tested = e.tested["gpu"]
     seeds = [len(r["config"]["seeds"]) for r in e.gpu.values() if r["config"]["steps"]]
     about = dict(missing=names_of(r for r in (*GPU_PLAN, *GPU_ADDED) if r not in e.gpu), wanted=len(GPU_ADDED), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED), planned=len(GPU_PLAN), compared=len(tested),
                  seeds=max(seeds, default=0), fewest=min(seeds, default=0), full=sum(n == max(seeds) for n in seeds), runs=len(e.gpu), jobs=sum(len(r["config"]["seeds"]) for r in e.gpu.values()),
                  sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]), diverged=names_of(r for r, x in e.gpu.items() if diverged(x)),
-                 lost=sum(map(diverged, e.gpu.values())))
+                 lost=sum(map(diverged, e.gpu.values())), tuned=tuned_in(e), thin=thin(e))
     return {f"gpu.{k}": str(v) for k, v in about.items()}
 
 def gpu_macros(e:Evidence) -> dict:
     """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.<run>.diverged: seeds that came to nothing.
-    gpu.missing, diverged: names; gpu.n of the planned runs, added of the wanted ones, compared, seeds, fewest, full (runs with all seeds), runs, jobs (seeds of all runs), lost (of them)."""
+    gpu.missing, diverged: names; gpu.n of the planned runs, added of the wanted ones, compared, seeds, fewest, full (runs with all seeds), runs, jobs (seeds of all runs), lost (of them); tuned: in which lease; thin: claims that rest on two seeds."""
     made = _absent() | metric_macros(e.gpu) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(e.gpu) | beyond_macros(e.gpu) | error_macros(e.gpu)
     made |= {f"{run}.diverged": str(diverged(e.gpu[run])) if run in e.gpu else "n/a" for run in {*GPU_PLAN, *e.gpu}}
     return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
@@ -922,8 +964,6 @@ def _planned(*plans) -> dict:
     "claim -> the comparisons of all plans, each once."
     return {c: list(dict.fromkeys(row for plan in plans for row in plan.get(c, []))) for c in claims() if any(plan.get(c) for plan in plans)}
 
-def _measure(metric:str) -> str: return (BEYOND.get(full_name(metric)) or MEASURES[metric]).lower()
-
 def _tested_table(e:Evidence, plan:dict, rows:dict, name, last:tuple=()) -> str:
     "A row per comparison of `plan` {claim: [(a, b, metric)]} with what `rows` {tier: tested} say; a dash where a tier lacks it; mark as in `told`. `last`: one more p of the tier gpu."
     def found(tier): return {(r["claim"], r["a"], r["b"], r["metric"]): r for r in rows[tier]}
@@ -967,11 +1007,6 @@ def outcomes_table(e:Evidence) -> str:
     return tabular("lrrrrrr", [_groups([rf"Tier \texttt{{{t}}}" for t in found], 3), ["Claim", *("As claimed", "Against", "Open")*2]], rows)
 
 # %% ../nbs/14a_report.ipynb #69d50235
-def _named(row:dict, name, claim:str) -> str:
-    "A comparison, or a difference of two, in words."
-    pairs = [(row["a"], row["b"])] if isinstance(row["a"], str) else [row["a"], row["b"]]
-    return " less ".join(" $-$ ".join(map(name, pair)) for pair in pairs) + (f", {_measure(row['metric'])}" if row["metric"] != "exact" else "") + ", ood"*(claim == "C7")
-
 def _verdict_rows(e:Evidence, name=run_name) -> list[list[str]]:
     "Claim, in short, the key comparison (of each tier, where they differ), then verdict and key difference of each tier."
     said, rows = verdict_macros(e), []
@@ -1098,9 +1133,9 @@ def gpu_table(e:Evidence) -> str:
 def again_table(e:Evidence) -> str:
     "The key comparisons of the tier gpu between two runs, here and within each earlier lease that has both."
     rows, said = [key_row(e, "gpu", c) for c in claims()], {(r["lease"], r["claim"], r["a"], r["b"], r["metric"]): r for r in again(e, decided=False)}
-    def line(r): return [r["claim"], _named(r, run_name, r["claim"]), told(r), *(told(there) if (there := said.get((name, r["claim"], r["a"], r["b"], r["metric"]))) else "--" for name in LEASES)]
-    lines = [line(r) for r in rows if r and any((name, r.get("claim"), r["a"], r["b"], r["metric"]) in said for name in LEASES)]
-    return tabular("llrrrr", [["Claim", "Key comparison", "This lease", *map(str.capitalize, LEASES)]], lines or [["--", "none was made again", *["--"]*4]])
+    def line(r): return [r["claim"], _named(r, run_name, r["claim"]), told(r), *(told(there) if (there := said.get((name, r["claim"], r["a"], r["b"], r["metric"]))) else "--" for name in e.before)]
+    lines = [line(r) for r in rows if r and any((name, r.get("claim"), r["a"], r["b"], r["metric"]) in said for name in e.before)]
+    return tabular("llr" + "r"*len(e.before), [["Claim", "Key comparison", "This lease", *map(str.capitalize, e.before)]], lines or [["--", "none was made again", *["--"]*(1 + len(e.before))]])
 
 # %% ../nbs/14a_report.ipynb #5e66031a
 def _asked_table(e:Evidence, names:dict) -> str:
@@ -1162,8 +1197,9 @@ def gpu_sections(e:Evidence) -> dict:
     if REFERENCE not in e.gpu: return {}
     c, made = e.gpu[REFERENCE]["config"], e.gpu_tune or {"config": {"grid": {}}, "trials": []}
     about = {"budget $K$": str(c["frames"]), "steps, batch": _list([c["steps"], c["batch_size"]]), "rank vision/fusion/text": _ranks(e.gpu[REFERENCE])}
-    rates = tuned(made["config"]["grid"], made["trials"], e.gpu)
-    return {r"Tier \texttt{gpu}": about} | ({r"Tuned on tier \texttt{gpu}: value and caption loss on the development split": rates} if rates else {})
+    rates, where = tuned(made["config"]["grid"], made["trials"], e.gpu), tuned_in(e)
+    title = r"Tuned on tier \texttt{gpu}" + f", in {where}"*(where != "the same lease") + ": value and caption loss on the development split"
+    return {r"Tier \texttt{gpu}": about} | ({title: rates} if rates else {})
 
 # %% ../nbs/14a_report.ipynb #56cec96a
 def hyper_sections(e:Evidence) -> dict:

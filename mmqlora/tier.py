@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLACK', 'provenance', 'make_corpus', 'held_out_exact', 'make_base', 'Job', 'jobs_of', 'more_of', 'tuned_fields',
-           'trials_of', 'do_job', 'Room', 'work', 'is_done', 'run_queue', 'read_trials', 'chosen_rates', 'tune_record',
-           'with_rates', 'run_trials', 'collect']
+           'trials_of', 'do_job', 'Room', 'work', 'is_done', 'run_queue', 'read_trials', 'chosen_rates', 'tried_on',
+           'tune_record', 'with_rates', 'run_trials', 'collect']
 
 # %% ../nbs/12b_tier.ipynb #0e1bf8a7
 import datetime, gc, os, tempfile, time, traceback
@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from .allocate import MEASURED
 from .batch import ClipSet, add_marks, save_clips
 from .config import GpuConfig, Params, RunConfig, active_profile, run_config
-from .core import code_version, compact, content_hash, file_hash, git_commit, hardware, read_json, repo_path, versions, write_json, write_text
+from .core import InputError, code_version, compact, content_hash, file_hash, git_commit, hardware, read_json, repo_path, versions, write_json, write_text
 from .corpus import of_split, read_records
 from .grounding import align, base_states, compiled, train_tower
 from .mmevents import build_mmevents
@@ -236,7 +236,7 @@ def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="
     return [j for j in todo if not is_done(params, j, out, base)]
 
 # %% ../nbs/12b_tier.ipynb #52a9aac8
-SLACK = 1.1                                                                                # a lower rate with at most this times the least loss is taken instead
+SLACK = {"lr": 1.1}                                                                        # a lower rate with at most this times the least loss is taken instead: single seeds diverge at the best one
 
 def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
     "run, seed, field values and mean dev loss of the trials that were done."
@@ -248,11 +248,11 @@ def _rated_like(params:Params, run:str) -> str:
     config = run_config(params, run)
     return {"none": config.method, "input": run}.get(config.gate, "gated")
 
-def _lowest(losses:dict[float, list[float]]) -> float:
-    "Of the values whose mean loss is within `SLACK` of the least, the lowest; of those that were tried with all seeds, as far as there are any."
+def _lowest(losses:dict[float, list[float]], slack:float) -> float:
+    "Of the values whose mean loss is at most `slack` times the least, the lowest; of those that were tried with all seeds, as far as there are any."
     most = max(map(len, losses.values()))
     mean = {value: np.nan_to_num(np.mean(found), nan=np.inf) for value, found in losses.items() if len(found) == most}
-    return min(value for value, loss in mean.items() if loss <= SLACK*min(mean.values()))
+    return min(value for value, loss in mean.items() if loss <= slack*min(mean.values()))
 
 def chosen_rates(params:Params, trials:list[dict]) -> dict:
     "What `trials` say should stand in `override` of the profile: {method, 'gated' or run: {field: value}}."
@@ -260,14 +260,20 @@ def chosen_rates(params:Params, trials:list[dict]) -> dict:
     for run, field in [(run, field) for run, fields in tuned_fields(params).items() for field in fields]:
         tried = [t for t in trials if t["run"] == run and field in t]
         losses = {v: [t["loss"] for t in tried if t[field] == v] for v in {t[field] for t in tried}}
-        if losses: best.setdefault(_rated_like(params, run), {})[field] = _lowest(losses)
+        if losses: best.setdefault(_rated_like(params, run), {})[field] = _lowest(losses, SLACK.get(field, 1.))
     return best
 
 # %% ../nbs/12b_tier.ipynb #a51c7e91
-def tune_record(params:Params, trials:list[dict], about:dict, base:dict|None=None) -> dict:
-    "What results/gpu-tune.json holds: trials, the choice, the log of the base model, provenance."
+def tried_on(params:Params, out="artifacts/gpu/queue") -> str|None:
+    "Hash of the base model that the trials in folder `out` were made on; None without any."
+    found = {read_json(p)["about"]["base"] for j in trials_of(params) if (p := repo_path(out, f"{j.key}.json")).is_file()}
+    if len(found) > 1: raise InputError(out, f"holds trials on {len(found)} base models", "keep those of one lease")
+    return next(iter(found), None)
+
+def tune_record(params:Params, trials:list[dict], about:dict, base:dict|None=None, out="artifacts/gpu/queue") -> dict:
+    "What results/gpu-tune.json holds: trials, the choice, the log of the base model and its hash (of which lease they are), provenance."
     config = params.gpu.model_dump()
-    return dict(run="tune", tier=params.profile, config=config, config_hash=content_hash(config), trials=trials, chosen=chosen_rates(params, trials), base=base, **about)
+    return dict(run="tune", tier=params.profile, config=config, config_hash=content_hash(config), trials=trials, chosen=chosen_rates(params, trials), base=base, base_hash=tried_on(params, out), **about)
 
 def with_rates(params:Params, chosen:dict) -> Params:
     "`params` whose active profile overrides what `chosen` names."

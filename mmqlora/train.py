@@ -10,7 +10,7 @@ __all__ = ['READERS', 'signal_scale', 'gate_signals', 'caption_loss', 'rows_of_s
 # %% ../nbs/09_train.ipynb #d6da6057
 import copy, hashlib, json, math, time
 from bisect import bisect_right
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from .ledger import expected_peak, room_for
 from .model import linears, load_model
 from .prune import START, Pruner
 from .ranks import module_ranks, storage_bytes
+from .recorded import Recorded, recordable
 from .steps import MasterAdamW, MicroBatches, rows_of
 from .tasks import draw_tasks
 from .temporal import set_frame_signals, takes_signals
@@ -58,11 +59,11 @@ def gate_signals(clips:ClipSet, kind:str, reference:ClipSet, seed:int=0, split:s
     return signal.gather(1, order[..., None].expand_as(signal))
 
 # %% ../nbs/09_train.ipynb #8f9fefa5
-def caption_loss(model, batch:dict, reduction:str="mean") -> torch.Tensor:
-    "Cross-entropy of the caption tokens. 'mean': over all of them; 'none': (B, L), 0 at padding."
+def caption_loss(model, batch:dict, reduction:str="mean", first:int|None=None) -> torch.Tensor:
+    "Cross-entropy of the caption tokens. 'mean': over all of them; 'none': (B, L), 0 at padding. `first`: no label stands before it (default: they are looked at, for which a GPU has to be waited)."
     labels = batch["labels"]
     if reduction == "mean" and hasattr(model, "_mmqlora"): return model(**batch, use_cache=False).loss       # `low_memory` finds the labels itself
-    first = int((labels != -100).any(0).float().argmax())
+    first = int((labels != -100).any(0).float().argmax()) if first is None else first
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, logits_to_keep=labels.shape[1] - first + 1, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.float().transpose(1, 2), labels[:, first:], ignore_index=-100, reduction=reduction)
@@ -185,24 +186,23 @@ class Trainer(Batches):
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None, at_once:int|None=None,
                  features=None):
         super().__init__(model, tokenizer, clips, captions, config, seed, asked)
-        self.model, self.features = model, features
+        self.model, self.features, self.recorded = model, features, None
         self.micro = MicroBatches(1) if features else at_once and MicroBatches(at_once)
         if takes_signals(model): keep_signal_scale(model, clips)
         self.optimizer = make_optimizer(model, config)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.pruner = Pruner(model, self.optimizer, getattr(model, "prune_to", None), config.steps) if config.allocation == "prune" else None
 
-    def loss(self, batch:dict, reduction:str="mean") -> torch.Tensor:
+    def loss(self, batch:dict, reduction:str="mean", first:int|None=None) -> torch.Tensor:
         batch = dict(batch)
         frames = batch.pop("frames", None)
         if frames is not None: batch["pixel_values"] = batch["pixel_values"][:, :int(frames.max())]     # part of a batch may be shorter than the whole
         set_frame_signals(self.model, batch.pop("signals"), frames)
-        with self.features(seen_as(batch["pixel_values"])) if self.features else nullcontext(): return caption_loss(self.model, batch, reduction)
+        with self.features(seen_as(batch["pixel_values"])) if self.features else nullcontext(): return caption_loss(self.model, batch, reduction, first)
 
     def step(self, n:int) -> float:
         batch = self.batch(n)
         for group in self.optimizer.param_groups: group["lr"] = group["peak"]*rate_at(n, self.config.steps, self.config.warmup)
-        self.optimizer.zero_grad()
         loss = self.gradients(batch)
         nn.utils.clip_grad_norm_(self.trained, 1.)
         self.optimizer.step()
@@ -213,12 +213,21 @@ class Trainer(Batches):
 def _gradients(self:Trainer, batch:dict) -> float:
     "Mean loss of a batch; its gradient is left in the parameters."
     try:
+        if self.recorded: return self.recorded(batch)
+        self.optimizer.zero_grad()
         if self.micro is None:
             loss = self.loss(batch)
             loss.backward()
             return float(loss.detach())
-    except torch.OutOfMemoryError: self.micro = MicroBatches(max(1, len(batch["labels"])//2))
+    except torch.OutOfMemoryError: self.recorded, self.micro = None, MicroBatches(max(1, len(batch["labels"])//2))
     return self.micro(self._loss_sum, self.trained, batch)
+
+@contextmanager
+def _recording(self:Trainer):
+    "While open, steps are recorded, if they can be: those of clips with equally many frames, done at once, whose adapters stay as they are."
+    if recordable(self.model) and not (self.micro or self.pruner) and self.clips.frames is None: self.recorded = Recorded(self.model, self.loss)
+    try: yield
+    finally: self.recorded = None
 
 def _loss_sum(self:Trainer, part:dict) -> torch.Tensor:
     "Summed loss of some clips."
@@ -251,7 +260,8 @@ def _fits_or_raise(self:Trainer, memory:int):
     if (need := self.need(whole, self.clips.pixels.shape[1])) <= memory: return
     raise InputError("memory", f"a step with {whole} clips at once needs {mib(need)}, there are {mib(memory)}", self.nearest(whole, memory))
 
-Trainer.gradients, Trainer._loss_sum, Trainer.need, Trainer.nearest, Trainer.fits_or_raise = _gradients, _loss_sum, _need, _nearest, _fits_or_raise
+Trainer.gradients, Trainer.recording, Trainer._loss_sum = _gradients, _recording, _loss_sum
+Trainer.need, Trainer.nearest, Trainer.fits_or_raise = _need, _nearest, _fits_or_raise
 
 # %% ../nbs/09_train.ipynb #a210860b
 def fit(
@@ -272,14 +282,15 @@ def fit(
     memory = room_for(trainer.model, trainer.optimizer) if memory is None else memory
     if memory is not None and memory < math.inf: trainer.fits_or_raise(memory)
     last, begin = min(stop or config.steps, config.steps), time.perf_counter() - state["seconds"]
-    for n in tqdm(range(state["step"], last), initial=state["step"], total=config.steps, desc=label, mininterval=5, leave=False):
-        before = time.process_time()
-        loss = trainer.step(n)
-        state["cpu_ms"].append(round(1000*(time.process_time() - before), 2))
-        if not math.isfinite(loss): raise InputError(f"step {n}", f"the loss is {loss}", "lower lr")
-        state["loss"].append(round(loss, 5))
-        state |= {"step": n + 1, "seconds": time.perf_counter() - begin}
-        if checkpoint and ((n + 1) % every == 0 or n + 1 == last): save_checkpoint(checkpoint, trainer.model, trainer.optimizer, state)
+    steps = tqdm(range(state["step"], last), initial=state["step"], total=config.steps, desc=label, mininterval=5, leave=False)
+    with trainer.recording():
+        for n in steps:
+            before, loss = time.process_time(), trainer.step(n)
+            state["cpu_ms"].append(round(1000*(time.process_time() - before), 2))
+            if not math.isfinite(loss): raise InputError(f"step {n}", f"the loss is {loss}", "lower lr")
+            state["loss"].append(round(loss, 5))
+            state |= {"step": n + 1, "seconds": time.perf_counter() - begin}
+            if checkpoint and ((n + 1) % every == 0 or n + 1 == last): save_checkpoint(checkpoint, trainer.model, trainer.optimizer, state)
     if trainer.pruner and state["step"] == config.steps: trainer.pruner.finish()
     return {k: state[k] for k in ("loss", "seconds", "cpu_ms")}
 

@@ -6,8 +6,7 @@
 #   scripts/gpu.sh wait SECONDS            show how far they are, until they end or SECONDS are over, and bring home what there is
 # Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds; WAYS="WAY WAY": these ways to step); `quiet`, the same with
 # the machine to itself; `sizes`, bases of other sizes, beside `base` too;
-# `base`, corpus and base model (TUNE=yes: and learning rates);
-# `runs`, the queue (ONLY="RUN RUN": these runs). SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml, in every step (`scripts/gpu.py collect` at home wants the same as --set).
+# `base`, corpus and base model; `tune`, learning rates; `runs`, the queue (ONLY="RUN RUN": these runs). SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml, in every step (`scripts/gpu.py collect` at home wants the same as --set).
 # They end SECONDS after `start`, `quiet` included. A second start goes on with what is missing.
 # What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz.
 set -euo pipefail
@@ -57,9 +56,10 @@ base() {
   (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
   gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96
   wait $made
-  unset CUDA_VISIBLE_DEVICES; share
-  [ "${TUNE:-no}" = no ] || gpu tune --deadline $deadline
+  unset CUDA_VISIBLE_DEVICES
 }
+
+tune() { share; gpu tune --deadline $deadline; }
 
 runs() {
   share

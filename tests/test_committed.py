@@ -75,6 +75,17 @@ def test_a_bad_record_of_another_lease_is_one_clear_error(folder):
     with pytest.raises(InputError, match=f"other.json: holds run '{whole['run']}'"): load_lease(folder)
 
 
+def test_every_lease_that_is_kept_is_read():
+    assert {p.name for p in (ROOT/"results").glob("gpu-*") if p.is_dir()} == {f"gpu-{name}" for name in LEASES}
+
+
+@pytest.mark.parametrize("lease", ["gpu", *(f"gpu-{name}" for name in LEASES)])
+def test_the_runs_of_a_lease_share_its_base_model(lease):
+    bases = {read_json(p)["base"] for p in (ROOT/"results"/lease).glob("*.json")}
+    assert len(bases) == 1
+    if (tuned := ROOT/f"results/{lease}-tune.json").is_file() and lease != "gpu": assert bases == {read_json(tuned)["base_hash"]}     # those of the tier may be of a lease before
+
+
 @pytest.mark.parametrize("name, chosen", [("tune", False), ("gpu-tune", True)])
 def test_the_rates_that_were_tried_hold_a_loss_for_every_value_of_the_grid(name, chosen):
     record = json.loads((ROOT/f"results/{name}.json").read_text())

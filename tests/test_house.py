@@ -9,7 +9,7 @@ from conftest import ROOT, notebooks, rooms
 from deps import closure, code_cells, imported
 
 DATA = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "importers", "signals", "frames", "batch", "prepare", "decoding", "tasks", "retention")
-MODELS = ("model", "families", "smollm2", "temporal", "ranks", "bottleneck", "prefix", "allocate", "joint", "prune", "budget", "adapters", "lifecycle", "insight", "lean", "blocks", "lowmem", "steps")
+MODELS = ("model", "families", "smollm2", "temporal", "ranks", "bottleneck", "prefix", "allocate", "joint", "prune", "budget", "adapters", "lifecycle", "insight", "lean", "blocks", "lowmem", "recorded", "steps")
 EXPERIMENTS = sorted((ROOT/"nbs/experiments").glob("*.ipynb"))
 
 

@@ -100,7 +100,7 @@ def test_rates_are_chosen_by_dev_loss(params):
     assert not missing and [t["seed"] for t in trials] == [params.tune.seed, params.tune.seed + 1]*2
     mean = {lr: sum(t["loss"] for t in trials if t["lr"] == lr)/2 for lr in {t["lr"] for t in trials}}
     lower = min(mean)
-    expected = lower if mean[lower] <= tier.SLACK*min(mean.values()) else max(mean)
+    expected = lower if mean[lower] <= tier.SLACK["lr"]*min(mean.values()) else max(mean)
     assert chosen_rates(params, trials) == {"gated": {"lr": expected}}
 
 

@@ -17,6 +17,7 @@ from mmqlora.model import linears, load_model
 from mmqlora.predict import score_captions, score_galleries, write_answers, write_captions, write_rounds
 from mmqlora.quickstart import load
 from mmqlora.ranks import audit
+from mmqlora.recorded import Recorded
 from mmqlora.tasks import asked_of
 from mmqlora.temporal import gated_layers
 from mmqlora.train import Trainer, build, fit, gate_signals, trained_tensors
@@ -252,3 +253,16 @@ def test_rounds_of_prompts_from_one_reading_are_answered_as_each_by_itself(train
     together = write_rounds(model, trainer.tokenizer, clips, rounds, trainer.signals, batch_size=10)
     alone = [write_answers(model, trainer.tokenizer, clips, prompts, trainer.signals, max_new_tokens=n) for prompts, n in rounds]
     assert together == alone and len(set(together[0])) > 3
+
+
+@pytest.mark.parametrize("change", [{}, dict(method="full", lr=1e-3), dict(method="lora"), dict(method="qdora"), dict(method="bottleneck", quantization="nf4"),
+                                    dict(method="prefix", quantization="nf4"), dict(method="ia3", quantization="nf4"), dict(ranks={"vision": 4}), dict(allocation="prune", budget_rank=2)],
+                         ids=lambda c: "-".join(map(str, c.values())) or "qlora")
+def test_recorded_steps_teach_the_same(training, short, change, monkeypatch):
+    config, made = short.model_copy(update=change), []
+    _, _, loss = trained(training, config)
+    monkeypatch.setattr("mmqlora.train.recordable", lambda model: True)
+    monkeypatch.setattr("mmqlora.train.Recorded", lambda *args: made.append(Recorded(*args)) or made[-1])
+    _, trainer, again = trained(training, config)
+    assert again[0] == pytest.approx(loss[0], rel=1e-5) and again == pytest.approx(loss, rel=3e-3) and trainer.recorded is None      # Adam divides small differences by small numbers
+    assert len(made) == (config.allocation != "prune") and all(0 < len(m.graphs) <= 2 for m in made)
