@@ -2,7 +2,8 @@
 """Executes notebooks in this process: nothing waits for a kernel, and what is imported stays imported.
 
 Run as a script, it imports what the runs need, then forks for every notebook that `scripts/notebook.py` asks for on the socket that is
-its standard input, until its parent ends: 45 runs import torch once."""
+its standard input, until its parent ends: 58 runs import torch and read the corpus' records once."""
+import gc
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import sys
 import threading
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"       # figures are outputs, as in a kernel
@@ -119,10 +120,21 @@ def forked(client:socket.socket):
     finally: os._exit(code)                            # whatever happens, no second server
 
 
-def serve(listener:socket.socket):
+def share():
+    "What no fork has to do again: imports, reading what is known of the clips; and whatever lives by now is no business of their collectors."
     shell()                                            # before matplotlib, which looks whether there is one
-    import matplotlib.pyplot, mmqlora.runs, pandas     # noqa: E401, F401: that is what forks share
+    import matplotlib.pyplot, pandas                   # noqa: E401, F401
+    from mmqlora.config import load_params
+    from mmqlora.core import InputError
+    from mmqlora.runs import split_records
+    with suppress(InputError): split_records(load_params(), "train")                   # no corpus: the run says so
+    gc.collect()
+    gc.freeze()
+
+
+def serve(listener:socket.socket):
     parent = os.getppid()
+    share()
     listener.settimeout(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while os.getppid() == parent:

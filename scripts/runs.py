@@ -10,21 +10,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
+import dvc.dvcfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.utils.serialize import modify_yaml as in_its_layout
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
 
 from mmqlora.config import Params, RunConfig, load_params, run_config
-from mmqlora.core import cores, read_json, repo_path
+from mmqlora.core import atomic_path, cores, read_json, repo_path
 
 
 def stale(runs:list[str]) -> list[str]:
-    "Stages `finetune@run` whose inputs or results changed: of these runs, or of all."
-    with Repo() as repo: return list(repo.status([f"finetune@{r}" for r in runs] or ["finetune"]))
+    "Stages `finetune@run` whose inputs or results changed: of these runs, or of all; what their code is, is found out first."
+    with Repo(_wait_for_lock=True) as repo:
+        repo.reproduce("code", single_item=True)
+        return list(repo.status([f"finetune@{r}" for r in runs] or ["finetune"]))
 
 
 def weight(config:RunConfig) -> float:
@@ -37,6 +44,23 @@ def expected(params:Params, name:str) -> float:
     "The seconds that a run took when it was last recorded under this profile, as is mostly the case; else its `weight`."
     record = repo_path("results", params.profile, f"{name}.json")
     return read_json(record)["cost"]["total_seconds"] if record.is_file() else weight(run_config(params, name))
+
+
+LOCK = YAML(typ="safe")                      # libyaml's: DVC reads with it too, but writes with the one that keeps comments and takes ten times as long
+LOCK.default_flow_style, LOCK.sort_base_mapping_type_on_output = False, False
+LOCK.representer.add_representer(OrderedDict, SafeRepresenter.represent_dict)
+
+
+@contextmanager
+def modify_yaml(path, fs=None):
+    "As DVC's own, for dvc.lock, in which nobody writes comments."
+    path = Path(path)
+    data = LOCK.load(path) if path.is_file() else {}
+    yield data
+    with atomic_path(path) as tmp: LOCK.dump(data, tmp)
+
+
+dvc.dvcfile.modify_yaml = modify_yaml        # for `Lockfile.dump_stages`, here and in the workers
 
 
 def reproduce(stage:str) -> str:
@@ -75,11 +99,13 @@ def walk(weights:dict[str, float], workers:int) -> list[str]:
 
 
 def main() -> int:
-    waiting, params = stale(sys.argv[1:]), load_params()
-    if not waiting: return 0
-    have, begin = cores(), time.monotonic()
-    os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
-    with warm(): wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
+    begin, have, params = time.monotonic(), cores(), load_params()
+    with warm():                              # imports while DVC finds out what is stale
+        waiting = stale(sys.argv[1:])
+        if not waiting: return 0
+        os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
+        wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
+    with in_its_layout(repo_path("dvc.lock")): pass                # DVC breaks long lines elsewhere, which git would tell
     print(f"== {len(waiting)} runs, {(time.monotonic() - begin)/60:.1f} min in all", flush=True)
     for line in wrong: print(f"mmqlora: {line}", file=sys.stderr)
     return bool(wrong)

@@ -1,6 +1,5 @@
 "What several tests share: where things are, a small real corpus, a short run."
-import ast
-import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,8 @@ import pytest
 from mmqlora.config import CorpusConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"scripts"))
+from deps import code_cells
 
 
 def notebooks(folder=""):
@@ -15,39 +16,10 @@ def notebooks(folder=""):
     return sorted((ROOT/"nbs"/folder).glob("*.ipynb"))
 
 
-def code_cells(path):
-    "(source, cell) of each code cell."
-    return [("".join(c["source"]), c) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-
-
 def rooms():
     "Module names of the exporting notebooks, in the order of the house."
     named = (s.split("#| default_exp ")[1].split()[0] for p in notebooks() for s, _ in code_cells(p) if "#| default_exp" in s)
     return list(named)
-
-
-def imported(source):
-    "mmqlora modules that a source imports anywhere; `import mmqlora` counts as `__init__`."
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level: found.add(module.split(".")[0])
-            elif module.split(".")[0] == "mmqlora": found.add((module.split(".") + ["__init__"])[1])
-        if isinstance(node, ast.Import):
-            found |= {(alias.name.split(".") + ["__init__"])[1] for alias in node.names if alias.name.split(".")[0] == "mmqlora"}
-    return found
-
-
-def closure(modules):
-    "All modules reached from `modules`, themselves included."
-    seen, todo = set(), list(modules)
-    while todo:
-        module = todo.pop()
-        if module in seen: continue
-        seen.add(module)
-        todo += imported((ROOT/f"mmqlora/{module}.py").read_text())
-    return seen
 
 
 @pytest.fixture(scope="session")

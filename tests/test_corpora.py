@@ -223,11 +223,12 @@ def ran(clone, *command):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    "A clone with code and the stages `frames` and `finetune`, under git and DVC."
+    "A clone with code and the stages `code`, `frames` and `finetune`, under git and DVC."
     clone = make_clone(tmp_path_factory.mktemp("stages")/"clone", "msrvtt", {})
     for part in ("mmqlora", "scripts", "nbs/experiments"): shutil.copytree(ROOT/part, clone/part, ignore=shutil.ignore_patterns("__pycache__"))
     stages = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
-    (clone/"dvc.yaml").write_text(yaml.safe_dump(dict(stages={k: stages[k] for k in ("frames", "finetune")})))
+    (clone/"dvc.yaml").write_text(yaml.safe_dump(dict(stages={k: stages[k] for k in ("code", "frames", "finetune")})))
+    shutil.copy(ROOT/".dvcignore", clone)
     ran(clone, "git", "init", "-q")
     ran(clone, "dvc", "init", "-q")
     return clone

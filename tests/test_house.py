@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, closure, code_cells, imported, notebooks, rooms
+from conftest import ROOT, notebooks, rooms
+from deps import closure, code_cells, imported
 
 DATA = ("grammar", "corpus", "scenes", "questions", "render", "datasheet", "mmevents", "video", "importers", "signals", "frames", "batch", "prepare", "decoding", "tasks", "retention")
 MODELS = ("model", "families", "smollm2", "temporal", "ranks", "bottleneck", "prefix", "allocate", "joint", "prune", "budget", "adapters", "lifecycle", "insight", "lean", "blocks", "lowmem", "recorded", "steps")

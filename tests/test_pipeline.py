@@ -1,13 +1,21 @@
 "dvc.yaml: every stage names exactly what its notebook reaches; and one run, small, from clips to record."
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections import OrderedDict
+from contextlib import contextmanager
+from hashlib import md5
 
 import nbformat
 import pytest
 import yaml
-from conftest import ROOT, closure, code_cells, imported
+from conftest import ROOT
+from deps import code_cells, reached
+from dvc.repo import Repo
+from ruamel.yaml import YAML
 
 from mmqlora.batch import save_clips
 from mmqlora.config import load_params, run_config
@@ -17,7 +25,6 @@ from mmqlora.prepare import prepare
 from mmqlora.report import LATER, check_record
 from mmqlora.runs import run_experiment
 
-sys.path.insert(0, str(ROOT/"scripts"))
 import runs
 
 STAGES = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
@@ -30,12 +37,88 @@ def outs(body): return [next(iter(o)) if isinstance(o, dict) else o for o in bod
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_deps_are_the_import_closure_of_the_notebook(name):
-    notebook = f"nbs/experiments/{name}.ipynb"
-    reached = closure(set().union(*(imported(re.sub(r"^%.*$", "", s, flags=re.M)) for s, _ in code_cells(ROOT/notebook))))
+def test_a_stage_depends_on_its_notebook_and_on_what_the_stage_code_says_of_it(name):
     deps = set(BODY[name]["deps"])
-    assert {d for d in deps if d.startswith("mmqlora/")} == {f"mmqlora/{m}.py" for m in reached}
-    assert notebook in deps and notebook in BODY[name]["cmd"]
+    assert {f"nbs/experiments/{name}.ipynb", f"artifacts/code/{name}.json"} <= deps and f"nbs/experiments/{name}.ipynb" in BODY[name]["cmd"]
+    assert not {d for d in deps if d.startswith("mmqlora")}
+    assert {"mmqlora", "nbs/experiments"} <= set(BODY["code"]["deps"]) and outs(BODY["code"]) == ["artifacts/code"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    "A repository with our code, our stage `code` and, for every notebook, a stage that depends on code as ours does and makes a file."
+    root = tmp_path_factory.mktemp("corridor")
+    for part in ("mmqlora", "scripts", "nbs/experiments"): shutil.copytree(ROOT/part, root/part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT/".dvcignore", root)
+    stages = {name: dict(cmd=f"echo made > {name}", deps=[d for d in BODY[name]["deps"] if d.startswith(("artifacts/code", "nbs"))], outs=[name]) for name in NOTEBOOKS}
+    (root/"dvc.yaml").write_text(yaml.safe_dump(dict(stages={"code": STAGES["code"], **stages})))
+    Repo.init(str(root), no_scm=True).close()
+    return root
+
+
+@pytest.fixture
+def corridor(repository, monkeypatch):
+    "That repository, up to date, as the current folder."
+    monkeypatch.setenv("PATH", f"{sys.prefix}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(repository)
+    with Repo() as repo: repo.reproduce()
+    return repository
+
+
+def stale():
+    "Stages that are not up to date, once it is known what their code is."
+    with Repo() as repo:
+        repo.reproduce("code", single_item=True)
+        return set(repo.status())
+
+
+@contextmanager
+def edited(path, edit):
+    "While in this context, a file is what `edit` makes of its text; whatever else, all is up to date before and after."
+    before = path.read_text()
+    assert not stale() and edit(before) != before
+    path.write_text(edit(before))
+    try: yield
+    finally: path.write_text(before)
+    assert not stale()
+
+
+def code_of(corridor, name): return json.loads((corridor/f"artifacts/code/{name}.json").read_text())
+
+
+@pytest.mark.parametrize("module", ["core", "grammar", "video", "train", "report", "tier", "cli", "_modidx"])
+def test_a_change_of_a_module_makes_exactly_those_stages_stale_that_reach_it(corridor, module):
+    path, expected = corridor/f"mmqlora/{module}.py", {name for name in NOTEBOOKS if module in reached(ROOT/f"nbs/experiments/{name}.ipynb")}
+    with edited(path, lambda text: text + "# changed\n"):
+        assert stale() == expected
+        assert {name for name in NOTEBOOKS if code_of(corridor, name).get(module) == md5(path.read_bytes()).hexdigest()} == expected
+
+
+def test_what_is_imported_counts_from_when_it_is_until_it_no_longer_is(corridor):
+    with edited(corridor/"mmqlora/statistics.py", lambda text: text + "from .meteor import meteor_exact\n"):
+        assert stale() == {"report"} and "meteor" in code_of(corridor, "report")
+    with edited(corridor/"nbs/experiments/report.ipynb", lambda text: text.replace("mmqlora.report", "mmqlora.metrics")):
+        assert stale() == {"report"} and "report" not in code_of(corridor, "report")
+
+
+def test_a_run_is_recorded_as_dvc_records_it(corridor):
+    lock = corridor/"dvc.lock"
+    told = lock.read_text()
+    lock.write_text("\n".join(told.splitlines()[:-5]) + "\n")          # the last stage lost what it made
+    [lost] = stale()
+    assert runs.reproduce(lost) == "" and not stale()
+    assert lock.read_text() == told
+
+
+def test_what_is_recorded_reads_as_what_dvc_would_have_written(tmp_path):
+    values = dict(text=["1e5", "0123", "on", "no", "12:30", "~", "", "a: b", "über", "x "*99], numbers=[1e-5, 8e-3, 1e20, 12, True, None], rows=[OrderedDict(z=1, a={})])
+    for name, modify in (("ours", runs.modify_yaml), ("theirs", runs.in_its_layout)):
+        shutil.copy(ROOT/"dvc.lock", tmp_path/name)
+        with modify(tmp_path/name) as data: data["stages"]["new"] = values
+    told = [YAML(typ="safe").load(tmp_path/name) for name in ("ours", "theirs")]
+    assert told[0] == told[1] and told[0]["stages"]["new"]["text"] == values["text"] and list(told[0]["stages"]) == list(told[1]["stages"])
+    with runs.in_its_layout(tmp_path/"ours"): pass
+    assert (tmp_path/"ours").read_text() == (tmp_path/"theirs").read_text()
 
 
 def test_there_is_a_stage_for_every_experiment_and_a_run_for_every_line_of_params():
