@@ -6,6 +6,8 @@
 __all__ = ['BEAM', 'align', 'meteor_exact']
 
 # %% ../nbs/11e_meteor.ipynb #af5bba4e
+from functools import lru_cache
+
 import numpy as np
 
 from .core import InputError
@@ -25,8 +27,10 @@ def align(said:list[str], true:list[str]) -> tuple[int, int]:
     return -beam[0][0], beam[0][1]
 
 # %% ../nbs/11e_meteor.ipynb #e16cd345
-def _score(said:list[str], true:list[str]) -> float:
-    matches, chunks = align(said, true)
+@lru_cache(2**14)                                                        # seeds of a run say much the same of the same clips
+def _score(said:str, true:str) -> float:
+    said, true = tokenize(said).split(), tokenize(true).split()
+    matches, chunks = (len(said), 1) if said == true else align(said, true)
     if not matches: return 0.
     precision, recall = matches/len(said), matches/len(true)
     return 10*precision*recall/(recall + 9*precision)*(1 - .5*(chunks/matches)**3)
@@ -35,4 +39,4 @@ def meteor_exact(predictions:list[str], references:list[list[str]]) -> np.ndarra
     "(N,) METEOR of 2005 with exact matches only, against the best reference of each clip; an empty prediction scores 0."
     if len(predictions) != len(references): raise InputError("metrics", f"{len(predictions)} predictions for {len(references)} references")
     if not all(references): raise InputError("references", "a clip has none")
-    return np.array([max(_score(tokenize(p).split(), tokenize(r).split()) for r in refs) for p, refs in zip(predictions, references)])
+    return np.array([max(_score(p, r) for r in refs) for p, refs in zip(predictions, references)])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .adapters import tokens_per_frame
-from .batch import ClipSet, caption_ids, collate
+from .batch import ClipSet, caption_ids, captions_ids, collate
 from .core import InputError
 from .temporal import set_frame_signals, standardized
 from .train import caption_loss
@@ -155,7 +155,7 @@ def read_clips(
 )->tuple[list[str], list]:         # N answers; for each clip the log-likelihoods per token of its choices
     "What `write_answers` writes, and how well captions fit, from one reading of the frames."
     model.eval()
-    written, scores, size, ids = [], [], clips_at_a_time(model), [caption_ids(tokenizer, c) for c in captions]
+    written, scores, size, ids = [], [], clips_at_a_time(model), captions_ids(tokenizer, captions, ["caption"]*len(captions))
     for n, batch in enumerate(_batches(model, tokenizer, clips, [[tokenizer.eos_token_id]]*len(clips), prompts, signals, size, "clips")):
         cache, before = _read(model, batch, clips.frames is not None or prompts is not None)
         if max_new_tokens: written += _go_on(model, tokenizer, cache, before, [""]*len(before), max_new_tokens)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .adapters import QUANTIZATION, adapt, matching_size, tokens_per_frame
 from .allocate import MEASURED, allocate, budget_of
-from .batch import ClipSet, caption_ids, collate
+from .batch import ClipSet, caption_ids, captions_ids, collate
 from .config import CHANNELS, LOW_RANK, RunConfig
 from .core import InputError, atomic_path, code_version, content_hash, rng_for, seed_for
 from .joint import apply_bits, options_for, plan, requantized
@@ -146,8 +146,11 @@ def _check_told(clips, captions, asked, config):
         raise InputError("tasks", f"{', '.join(config.tasks)}: nothing to ask of {len(clips) - len(asked or ())} clips", "give Trainer `asked_of` each record")
 
 # %% ../nbs/09_train.ipynb #c8ad18b9
-def _all_ids(tokenizer, captions, where:str) -> list[list[int]]:
-    return [caption_ids(tokenizer, c, where) for c in ([captions] if isinstance(captions, str) else captions)]
+def _all_ids(tokenizer, captions:list) -> list[list[list[int]]]:
+    "Per clip the token ids of its captions."
+    told = [[c] if isinstance(c, str) else c for c in captions]
+    ids = iter(captions_ids(tokenizer, [c for some in told for c in some], [f"caption {i}" for i, some in enumerate(told) for _ in some]))
+    return [[next(ids) for _ in some] for some in told]
 
 def _one_of(ids:list[list[int]], seed:int, step:int, clip:int) -> list[int]:
     return ids[0] if len(ids) == 1 else ids[int(rng_for(seed, "reference", step, clip).integers(len(ids)))]
@@ -157,7 +160,7 @@ class Batches:
     "Clips and what is to be said of them: `batch(n)` is what step n sees."
     def __init__(self, model, tokenizer, clips:ClipSet, captions:list, config:RunConfig, seed:int=0, asked:list[dict]|None=None):
         self.tokenizer, self.config, self.seed, self.asked = tokenizer, config, seed, asked
-        self.clips, self.captions = clips, [_all_ids(tokenizer, c, f"caption {i}") for i, c in enumerate(captions)]
+        self.clips, self.captions = clips, _all_ids(tokenizer, captions)
         _check_told(clips, captions, asked, config)
         self.signals = gate_signals(clips, config.gate_signal, clips, seed)
         self.device, self.tokens = next(model.parameters()).device, tokens_per_frame(model.config)
