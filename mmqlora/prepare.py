@@ -21,7 +21,7 @@ from .batch import ClipSet, dominant_pitch, pitch_class
 from .config import FramesConfig, parse
 from .core import InputError, write_json
 from .corpus import ClipRecord, video_path
-from .frames import coverage, gains_of, interval_sum, select_frames, set_name, shared_budget
+from .frames import HEARING, coverage, gains_of, interval_sum, select_frames, set_name, shared_budget
 from .signals import NAMES, audio_energy, frame_signals, scene_cuts
 from .video import read_audio, read_clip
 
@@ -43,7 +43,7 @@ def measure(path, size:int=32, start:float=0., end:float|None=None, selectors=()
     clip = read_clip(path, size, start, end, fps)
     signals, n = frame_signals(clip.frames, (*NAMES, "change")), len(clip.frames)
     if "scene" in selectors: signals["cuts"] = scene_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]) if n > 1 else 25.)
-    if {"sound", "mixture"} & set(selectors): signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
+    if {*HEARING} & {*selectors}: signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
     return clip, signals
 
 def _told(times, dense, index) -> tuple:
