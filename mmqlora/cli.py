@@ -164,10 +164,10 @@ def plan(model: Annotated[str, typer.Argument(help="Folder with a config.json, h
     "Say what a training step needs, from the configuration alone, and the best setting that fits a memory."
     size = _bytes(memory)                                                # a wrong size fails before torch is loaded
     known = _timed(timed)
-    from mmqlora.planner import Calibration, Setting, calibrate, gib, predict
+    from mmqlora.planner import Calibration, Setting, calibrate, gib, predict_cost
     from mmqlora.planner import plan as best
     p = best(model, size, frames, rank, side)
-    card = calibrate(predict(model, Setting(known[0], way=known[1], side=side)), known[2]) if known else Calibration()
+    card = calibrate(predict_cost(model, Setting(known[0], way=known[1], side=side)), known[2]) if known else Calibration()
     table = Table("", "", title=f"{model} in {memory}", show_header=False)
     rows = {"weights": p.setting.weights, "checkpointing": p.setting.checkpointing, "head": p.setting.where, "frames": str(p.setting.frames), "rank": str(p.setting.rank),
             "tokens": f"{p.tokens:,}", "resident": gib(p.resident), "optimizer": gib(p.optimizer), "activations": gib(p.activations), "peak": gib(p.peak),
