@@ -155,7 +155,7 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     random = None if device == "meta" else torch.Generator(device).manual_seed(frames)
     noise = lambda *shape: torch.randn(*shape, generator=random, device=where, dtype=dtype)
     device = "cpu" if device == "meta" else device                     # ids and grids stay real
-    batch = _ids(config, frame_tokens(config, frames, n := side//patch), device)
+    batch = _ids(config, frame_tokens(config, frames, n := side//patch//2*2), device)    # whole blocks of two by two
     size = _square(getattr(config.vision_config, "image_size", side))
     if kind == "idefics":
         seen = torch.ones(1, batch["input_ids"].shape[1], frames, dtype=torch.long, device=device)

@@ -220,7 +220,7 @@ def read_yaml(path) -> dict:
     path = Path(path)
     if not path.is_file(): raise InputError(path, "no such file")
     try: return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as err: raise InputError(path, f"not valid YAML ({' '.join(str(err).split())})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as err: raise InputError(path, f"not valid YAML ({' '.join(str(err).split())})") from None
 
 def load_params(path=None, profile:str|None=None) -> Params:
     "params.yaml under its own or another `profile`, every run of it checked."
@@ -252,6 +252,7 @@ def under(params:Params, profile:str) -> Params:
         raise InputError(f"{where}.only", f"unknown run '{unknown[0]}'", _nearest(unknown[0], runs))
     params = params.model_copy(update=dict(corpus=differing(params.corpus, tier.corpus, CorpusConfig), runs={n: runs[n] for n in tier.only or runs},
                                            frames=differing(params.frames, tier.frames, FramesConfig)))
+    parse(RunConfig, params.defaults, "params.yaml: defaults")            # what is wrong there is wrong in no run
     for name in params.runs: run_config(params, name)
     return params
 

@@ -143,6 +143,7 @@ def signal_of(selector:str) -> str | None:
     "Name of the signal that a selector follows; None for those that follow none, or whatever is there."
     return None if selector in ("uniform", "random", "mixture") else {"scene": "cuts", "cover": "change"}.get(selector, selector)
 
+# %% ../nbs/05_frames.ipynb #3c509728
 def select_frames(
     selector:str,     # One of SELECTORS
     signals:dict,     # name -> (T,) signal, or cuts -> (C,) indices; at least what the selector follows

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'NO_TOWER', 'THINKERS', 'small_config', 'new_model', 'modality_map', 'prefixes_of', 'modality_of',
-           'tower_pattern', 'in_towers', 'linears', 'quantization_config', 'same_precision', 'from_pretrained',
-           'processor', 'mixed_precision', 'load_model', 'save_model', 'bits_of']
+           'tower_pattern', 'in_towers', 'linears', 'quantization_config', 'read_config', 'same_precision',
+           'from_pretrained', 'processor', 'mixed_precision', 'load_model', 'save_model', 'bits_of']
 
 # %% ../nbs/07_model.ipynb #5a2112e8
 import os
@@ -15,6 +15,7 @@ import json, re
 from pathlib import Path
 
 import torch, transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, LlamaConfig,
                           SmolVLMConfig, SmolVLMForConditionalGeneration)
@@ -145,9 +146,19 @@ def quantization_config(quantization:str, dtype=torch.float32, skip=("lm_head",)
 # %% ../nbs/07_model.ipynb #5c23444c
 THINKERS = {"qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration"}      # the part of a talking model that sees and reads
 
-def _read_config(path):
+def _check_place(path):
+    "Raises `InputError` for a path that can be no hub name, before the hub is asked for it, again and again."
+    folder = Path(path)
+    if folder.is_file(): raise InputError(path, "is a file, not a model that transformers can load", "give the folder it lies in")
+    if folder.is_dir() or len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.is_dir(): return
+    raise InputError(path, "no such folder, so not a model that transformers can load", "give a folder with config.json, or owner/name on the hub")
+
+def read_config(path):
+    "The configuration of a model folder (or hub name). Raises `InputError` for what is none, or of a family without a modality map."
+    _check_place(path)
     try: config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as err: raise InputError(path, f"not a model that transformers can load ({str(err).splitlines()[0]})") from None
+    except (OSError, ValueError) as err:
+        raise InputError(path, f"not a model that transformers can load ({str(err).splitlines()[0]})", "give a folder with config.json") from None
     config = getattr(config, "thinker_config", config)
     modality_map(type("M", (), {"config": config}))                    # an unknown family fails before loading
     return config
@@ -174,12 +185,13 @@ def from_pretrained(
 ):                             # The model, in eval mode
     "A model from safetensors only. Raises `InputError` for a folder that is not a known model."
     path, device = str(path), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = _read_config(path)
+    config = read_config(path)
     skip = ("lm_head", *(p.rstrip(".") for p in NO_TOWER.get(config.model_type, ())))
-    model = _class_for(config).from_pretrained(
-        path, dtype=dtype, use_safetensors=True,
-        quantization_config=quantization_config(quantization, torch.bfloat16 if "cuda" in device else dtype, skip),
-        device_map={"": device}, attn_implementation="sdpa")
+    quantized = quantization_config(quantization, torch.bfloat16 if "cuda" in device else dtype, skip)
+    try: model = _class_for(config).from_pretrained(path, dtype=dtype, use_safetensors=True, quantization_config=quantized,
+                                                    device_map={"": device}, attn_implementation="sdpa")
+    except (OSError, SafetensorError) as err:
+        raise InputError(path, f"its weights cannot be read ({str(err).splitlines()[0]})", "get model.safetensors again; other formats are not opened") from None
     return same_precision(model) if dtype == torch.float32 else model
 
 # %% ../nbs/07_model.ipynb #6b3bd275
@@ -205,7 +217,8 @@ def load_model(
     "A model and its tokenizer, from safetensors only. Raises `InputError` for a folder that is not a known model."
     model = from_pretrained(path, quantization, dtype, device)
     if model.device.type == "cuda": mixed_precision(model)
-    return model, AutoTokenizer.from_pretrained(str(path))
+    try: return model, AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, ImportError): raise InputError(path, "holds no tokenizer", "save one there: tokenizer.save_pretrained(folder)") from None
 
 # %% ../nbs/07_model.ipynb #631390f7
 def save_model(path, model, tokenizer, log:dict):

@@ -22,6 +22,7 @@ def load(
     trainable:bool=False,   # To train the adapter further
 ):                          # (model, tokenizer)
     "The base model, with a trained adapter on it if one is given. Raises `InputError` for a folder without one."
+    base = Path(base).resolve() if Path(base).is_dir() else base           # as adapters name it, else peft warns of another base
     if adapter and not (Path(adapter)/"adapter_config.json").is_file():
         raise InputError(adapter, "holds no adapter_config.json", "give the folder that save_pretrained wrote")
     planned = adapter and "bits" in read_json(Path(adapter)/"adapter_config.json")      # by the joint allocation, module by module
