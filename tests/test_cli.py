@@ -150,8 +150,8 @@ def test_params_that_cannot_be_read_and_wrong_defaults_are_one_line(tmp_path, mo
 
 def test_caption_writes_a_line_per_video(corpus):
     root, records = corpus
-    out = mmqlora("caption", root/records[0].video, root/records[1].video)
-    assert out.returncode == 0 and out.stdout.count(".mp4: ") == 2, out.stderr
+    out = subprocess.run([COMMAND, "caption", root/records[0].video, root/records[1].video], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "40"})
+    assert out.returncode == 0 and out.stdout.count(".mp4: ") == out.stdout.count("\n") == 2, out.stderr        # however narrow the window
 
 
 @pytest.fixture
