@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from .core import InputError, repo_path
 
@@ -101,7 +101,7 @@ class RunConfig(TaskConfig):
 # %% ../nbs/01_config.ipynb #e6792d0f
 class Profile(Strict):
     "How much of everything: the size of one tier."
-    clips: dict[Split, int | None]                  # Clips used of each split; null: all of them
+    clips: dict[Split, PositiveInt | None]          # Clips used of each split; null: all of them
     steps: int | None = None                        # Caps the steps of every run
     max_seeds: int | None = None                    # Caps the seeds of every run
     seeds: list[int] | None = None                  # Of every run that trains, whatever it lists
@@ -116,7 +116,7 @@ class CorpusConfig(Strict):
     name: str
     root: str
     seed: int = 0
-    clips: dict[Split, int] = {}                    # Clips generated per split; none of an imported corpus
+    clips: dict[Split, PositiveInt] = {}            # Clips generated per split; none of an imported corpus
     side: int | None = Field(None, ge=16)           # Pixels a side of the files; None: as MMEvents defines them
 
 # %% ../nbs/01_config.ipynb #e6792d10

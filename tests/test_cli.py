@@ -139,11 +139,14 @@ def test_what_is_no_adapter_is_one_line(videos, tmp_path, monkeypatch, capsys):
     assert "another model" in one_line(["caption", videos/"good.mp4", "--adapter", folder, "--base", ROOT/"models/base-large"], monkeypatch, capsys)
 
 
-def test_params_that_cannot_be_read_and_wrong_defaults_are_one_line(tmp_path, monkeypatch, capsys):
+def test_params_that_cannot_be_read_and_wrong_values_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path/"params.yaml").write_bytes(b"\xff\xfe")
     assert "params.yaml: not valid YAML" in one_line(["train", "qlora"], monkeypatch, capsys)
     params = yaml.safe_load((ROOT/"params.yaml").read_text())
+    for n in (0, -2):                                                        # 0 "rendered" a corpus of no clips, -2 the same
+        (tmp_path/"params.yaml").write_text(yaml.safe_dump(params | {"corpus": params["corpus"] | {"clips": {"train": n}}}))
+        assert "params.yaml: corpus.clips.train: Input should be greater than 0" in one_line(["corpus"], monkeypatch, capsys)
     (tmp_path/"params.yaml").write_text(yaml.safe_dump(params | {"defaults": {"stepz": 3}}))
     assert "params.yaml: defaults: stepz: unknown key -- did you mean 'steps'?" in one_line(["train", "qlora"], monkeypatch, capsys)
 
