@@ -7,7 +7,7 @@ __all__ = ['app', 'console', 'errors', 'IMPORT_HELP', 'UsageError', 'complain', 
            'ImportHelp', 'import_', 'check', 'plan', 'main']
 
 # %% ../nbs/15_cli.ipynb #eb619f0b
-import functools, os, re
+import functools, os, re, sys
 from pathlib import Path
 from typing import Annotated
 
@@ -184,11 +184,12 @@ def plan(model: Annotated[str, typer.Argument(help="Folder with a config.json, h
 # %% ../nbs/15_cli.ipynb #4f44b317
 UsageError = typer.BadParameter.__base__                                 # of click, or of the copy that newer typer carries
 
-def main() -> int:
-    "Entry point of the `mmqlora` command; its exit code. Words it does not know are one line too, and libraries keep to errors."
+def main():
+    "Entry point of the `mmqlora` command; ends the process. Words it does not know are one line too, and libraries keep to errors."
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"): os.environ.setdefault(name, "error")
-    try: return app(standalone_mode=False) or 0
+    try: code = app(standalone_mode=False) or 0
     except UsageError as err:
         told, command = err.format_message().removesuffix("."), err.ctx.command_path if err.ctx else "mmqlora"
         if told: complain(f"{told} -- see `{command} --help`")               # without words, the help was all
-        return 2
+        code = 2
+    sys.exit(code)

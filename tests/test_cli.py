@@ -81,7 +81,8 @@ def test_wrong_words_are_one_line_and_quick(words, monkeypatch, capsys):
 def one_line(words, monkeypatch, capsys) -> str:
     "The one line on stderr of a command that must fail, in this process; bars of what was loaded before do not count."
     monkeypatch.setattr("sys.argv", ["mmqlora", *map(str, words)])
-    assert cli.main() > 0
+    with pytest.raises(SystemExit) as ended: cli.main()
+    assert ended.value.code > 0
     told = re.sub(r"\r[^\r\n]*it/s\]\n?", "", capsys.readouterr().err)
     assert told.startswith("mmqlora: ") and told.count("\n") == 1, told
     return told
