@@ -34,7 +34,7 @@ ROOMS = {
     "lowmem": "low_memory FeatureCache",
     "steps": "MasterAdamW MicroBatches pack packed",
     "predict": "write_captions",
-    "planner": "Setting fits_or_raise plan predict",
+    "planner": "Setting fits_or_raise plan predict_cost",
     "quickstart": "load",
 }
 
@@ -49,7 +49,7 @@ def __getattr__(name):
 def __dir__(): return sorted(__all__)
 
 class _Package(types.ModuleType):
-    "Where a room and what it offers share a name (`allocate`, `predict`), the name means the latter, whether the room is loaded or not."
+    "Where a room and what it offers share a name (`allocate`), the name means the latter, whether the room is loaded or not."
     def __setattr__(self, name, value):
         if not (name in _ROOM_OF and isinstance(value, types.ModuleType)): super().__setattr__(name, value)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import peft
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -148,17 +149,29 @@ def save_adapter(model, folder):
     tensors = {n: p.detach().contiguous() for n, p in adapter_tensors(model).items()}
     with atomic_path(folder/"adapter_model.safetensors") as tmp: save_file(tensors, tmp)
 
+# %% ../nbs/08d_adapters.ipynb #a1c7a7ed
 def load_adapter(model:nn.Module, folder, trainable:bool=False):
     "The adapter in `folder` on a freshly loaded base. Raises `InputError` for a folder without one, or one that does not fit."
-    stored = read_json(Path(folder)/"adapter_config.json")
+    folder = Path(folder)
+    stored, weights = read_json(folder/"adapter_config.json"), folder/"adapter_model.safetensors"
+    if not weights.is_file(): raise InputError(weights, "no such file", "give the whole folder that save_pretrained wrote")
+    try: return _loaded(model, folder, stored, trainable).train(trainable)
+    except SafetensorError as err: raise InputError(weights, f"not a whole file ({err})", "get it again") from None
+    except RuntimeError as err:
+        if "size mismatch" not in str(err): raise
+        raise InputError(folder, "holds an adapter of another model", "load the base it was trained on") from None
+
+def _loaded(model, folder, stored:dict, trainable:bool):
     if bits := stored.get("bits"): apply_bits(model, bits)                # a base in full precision, or an `InputError`
-    if "method" in stored: return _load_ours(model, Path(folder), stored).train(trainable)
-    config_class = TemporalLoraConfig if "gate" in stored else peft.LoraConfig if stored["peft_type"] == _ours("JOINT") else PEFT_TYPE_TO_CONFIG_MAPPING[stored["peft_type"]]
+    if "method" in stored: return _load_ours(model, folder, stored)
+    known = PEFT_TYPE_TO_CONFIG_MAPPING | {_ours("JOINT"): peft.LoraConfig}
+    if "gate" not in stored and stored.get("peft_type") not in known: raise InputError(folder/"adapter_config.json", f"peft_type: unknown: '{stored.get('peft_type')}'", "give the folder that save_pretrained wrote")
+    config_class = TemporalLoraConfig if "gate" in stored else known[stored["peft_type"]]
     config = config_class(**{k: v for k, v in stored.items() if k in config_class.__dataclass_fields__})
-    if "gate" in stored: return _load_gated(model, folder, config, trainable).train(trainable)
+    if "gate" in stored: return _load_gated(model, folder, config, trainable)
     adapted = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
     if getattr(config, "use_dora", False): _readable(adapted)
-    return adapted.train(trainable)
+    return adapted
 
 # %% ../nbs/08d_adapters.ipynb #3c379b41
 def _load_gated(model, folder, config, trainable:bool):

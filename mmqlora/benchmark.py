@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SMALL', 'TEXT', 'LABELS', 'ONE', 'MORE', 'WAYS', 'KINDS', 'BIG', 'shrink', 'config_of',
-           'quantize_linears', 'text_linears', 'widen', 'build_base', 'build_model', 'frame_tokens', 'make_batch',
-           'stock', 'label_logits', 'set_up', 'clean', 'stepper', 'watched', 'host_pulse', 'measure', 'step_cell',
-           'packed_cell', 'compare_gradients', 'gradient_cell', 'waits', 'profiled', 'profile_cell', 'count_cell',
-           'cells', 'name_of', 'target_cells', 'pulse_cells', 'run_cell', 'efficiency', 'table_of', 'gap_to_floor']
+           'quantize_linears', 'text_linears', 'stir', 'widen', 'build_base', 'build_model', 'frame_tokens',
+           'clip_size', 'make_batch', 'stock', 'label_logits', 'set_up', 'clean', 'stepper', 'watched', 'host_pulse',
+           'measure', 'step_cell', 'packed_cell', 'compare_gradients', 'gradient_cell', 'waits', 'profiled',
+           'profile_cell', 'count_cell', 'cells', 'name_of', 'target_cells', 'pulse_cells', 'run_cell', 'efficiency',
+           'table_of', 'gap_to_floor']
 
 # %% ../nbs/12c_benchmark.ipynb #300516f5
 import gc, resource, time, traceback
@@ -83,6 +84,12 @@ def text_linears(model) -> list[str]:
     inner = tuple(n + "." for n in towers(model))
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(inner) and "lm_head" not in n and "perceiver" not in n]
 
+def stir(model, parts=("lora_B",), std:float=.01):
+    "Small numbers for the trained matrices that start at zero: a gradient of every one."
+    for n, p in model.named_parameters():
+        if p.requires_grad and any(part in n for part in parts): p.data.normal_(std=std)
+    return model
+
 def widen(model):
     "The same weights, computed with in fp32: the reference for gradients."
     for module in model.modules():
@@ -106,9 +113,7 @@ def build_model(config, device:str, dtype=torch.bfloat16, small:bool=False, rank
     model = build_base(config, device, dtype, small, quantization)
     torch.manual_seed(1)
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2*rank, target_modules=text_linears(model)))
-    for n, p in model.named_parameters():
-        if "lora_B" in n: p.data.normal_(std=.01)
-    return model.train()
+    return stir(model).train()
 
 # %% ../nbs/12c_benchmark.ipynb #8be0b656
 TEXT, LABELS = 128, 96
@@ -139,6 +144,10 @@ def frame_tokens(config, frames:int, grid:int) -> list[list[int]]:
     return known[kind]()
 
 # %% ../nbs/12c_benchmark.ipynb #6dd0ea9f
+def clip_size(frames:int, small:bool, most:int=4) -> tuple[int, int]:
+    "Frames of a clip and pixels of their side: as asked, or `small`, for a test without a GPU, of `most` frames."
+    return (min(frames, most), 56) if small else (frames, 336)
+
 def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336) -> dict:
     "Inputs for one clip of `frames` frames (`side`: their pixels, where the tower takes any size)."
     config, where = model.config, device
@@ -146,7 +155,7 @@ def make_batch(model, frames:int, device:str, dtype=torch.bfloat16, side:int=336
     random = None if device == "meta" else torch.Generator(device).manual_seed(frames)
     noise = lambda *shape: torch.randn(*shape, generator=random, device=where, dtype=dtype)
     device = "cpu" if device == "meta" else device                     # ids and grids stay real
-    batch = _ids(config, frame_tokens(config, frames, n := side//patch), device)
+    batch = _ids(config, frame_tokens(config, frames, n := side//patch//2*2), device)    # whole blocks of two by two
     size = _square(getattr(config.vision_config, "image_size", side))
     if kind == "idefics":
         seen = torch.ones(1, batch["input_ids"].shape[1], frames, dtype=torch.long, device=device)
@@ -295,10 +304,10 @@ def step_cell(cell:dict, device:str, small:bool) -> dict:
     pulse, began = host_pulse(device), time.perf_counter()
     model = build_model(cell["model"], device, _dtype(device), small, cell.get("rank", 16))
     clean(device)
-    built, side = time.perf_counter() - began, 56 if small else 336
+    built = time.perf_counter() - began
     loss, optimizer = set_up(model, cell["way"])
     clean(device)
-    frames = min(cell["frames"], 8) if small else cell["frames"]
+    frames, side = clip_size(cell["frames"], small, 8)
     batch = make_batch(model, frames, device, _dtype(device), side)
     if cell.get("cached"): loss = _remembered(model, loss)
     out = measure(stepper(loss, optimizer, batch), device, pulse=pulse)
@@ -314,7 +323,7 @@ def packed_cell(cell:dict, device:str, small:bool) -> dict:
     loss, optimizer = set_up(model, cell["way"])
     clean(device)
     lengths = [2, 4] if small else cell["clips"]
-    rows = [make_batch(model, f, device, _dtype(device), 56 if small else 336) for f in lengths]
+    rows = [make_batch(model, frames, device, _dtype(device), side) for frames, side in (clip_size(n, small) for n in lengths)]
     batch, tokens = pack(model, rows)
     with packed(model, tokens): out = measure(stepper(loss, optimizer, batch), device)
     return dict(out, tokens=sum(tokens), clips=tokens)
@@ -341,9 +350,9 @@ def compare_gradients(build, batch, ways, device:str) -> dict:
 
 def gradient_cell(cell:dict, device:str, small:bool) -> dict:
     "`compare_gradients` of plain LoRA."
-    frames = min(cell["frames"], 4) if small else cell["frames"]
+    frames, side = clip_size(cell["frames"], small)
     return compare_gradients(lambda: build_model(cell["model"], device, torch.bfloat16, small),
-                             lambda model, dtype: make_batch(model, frames, device, dtype, 56 if small else 336), cell["ways"], device)
+                             lambda model, dtype: make_batch(model, frames, device, dtype, side), cell["ways"], device)
 
 # %% ../nbs/12c_benchmark.ipynb #8ab64841
 def waits(kernels, most:int=15) -> list:
@@ -374,14 +383,15 @@ def profiled(step, device:str) -> dict:
 def profile_cell(cell:dict, device:str, small:bool) -> dict:
     "`profiled` of one way to step."
     model = build_model(cell["model"], device, _dtype(device), small)
-    loss, optimizer = set_up(model, cell["way"])
-    return profiled(stepper(loss, optimizer, make_batch(model, 4 if small else cell["frames"], device, _dtype(device), 56 if small else 336)), device)
+    (loss, optimizer), (frames, side) = set_up(model, cell["way"]), clip_size(cell["frames"], small)
+    return profiled(stepper(loss, optimizer, make_batch(model, frames, device, _dtype(device), side)), device)
 
 def count_cell(cell:dict, device:str, small:bool) -> dict:
     "Operations of a real step, without the optimizer."
     model = build_model(cell["model"], device, _dtype(device), small)
     loss, _ = set_up(model, cell["way"])
-    batch = make_batch(model, min(cell["frames"], 8) if small else cell["frames"], device, _dtype(device), 56 if small else 336)
+    frames, side = clip_size(cell["frames"], small, 8)
+    batch = make_batch(model, frames, device, _dtype(device), side)
     with counted() as c: loss(batch).backward()
     return dict(flops=c.flops, launches=c.launches, moved=c.moved)
 

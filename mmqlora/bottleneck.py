@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .core import InputError
 from .families import FAMILIES, pixels
-from .model import linears, modality_map, modality_of
+from .model import linears, modality_of, prefixes_of
 
 # %% ../nbs/08b_bottleneck.ipynb #1ac9acf1
 @dataclass
@@ -109,8 +109,7 @@ def _note_grids(model:nn.Module, clip:Clip):
     def note(module, args, kwargs):
         grids = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
         clip.frames = [(t, h*w) for t, h, w in grids.tolist()]
-    prefixes = modality_map(model)["vision"]
-    names = {p.rstrip(".") for p in ([prefixes] if isinstance(prefixes, str) else prefixes)}
+    names = {p.rstrip(".") for p in prefixes_of(model, "vision")}
     for name, module in model.named_modules():
         if name in names: module.register_forward_pre_hook(note, with_kwargs=True)
 
@@ -131,9 +130,9 @@ def _note_frames(model:nn.Module, clip:Clip):
 # %% ../nbs/08b_bottleneck.ipynb #6f628810
 def _connectors(model) -> list[nn.Linear]:
     "The last linear of every part of the connector: by prefix of the map, or by number in a list."
-    prefixes, last = modality_map(model)["fusion"], {}
+    last = {}
     for name, linear in linears(model)["fusion"].items():
-        part = next(p for p in ([prefixes] if isinstance(prefixes, str) else prefixes) if name.startswith(p))
+        part = next(p for p in prefixes_of(model, "fusion") if name.startswith(p))
         last[re.match(re.escape(part) + r"\d*", name)[0]] = linear
     return list(last.values())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from .core import InputError, repo_path
 
@@ -101,7 +101,7 @@ class RunConfig(TaskConfig):
 # %% ../nbs/01_config.ipynb #e6792d0f
 class Profile(Strict):
     "How much of everything: the size of one tier."
-    clips: dict[Split, int | None]                  # Clips used of each split; null: all of them
+    clips: dict[Split, PositiveInt | None]          # Clips used of each split; null: all of them
     steps: int | None = None                        # Caps the steps of every run
     max_seeds: int | None = None                    # Caps the seeds of every run
     seeds: list[int] | None = None                  # Of every run that trains, whatever it lists
@@ -116,7 +116,7 @@ class CorpusConfig(Strict):
     name: str
     root: str
     seed: int = 0
-    clips: dict[Split, int] = {}                    # Clips generated per split; none of an imported corpus
+    clips: dict[Split, PositiveInt] = {}            # Clips generated per split; none of an imported corpus
     side: int | None = Field(None, ge=16)           # Pixels a side of the files; None: as MMEvents defines them
 
 # %% ../nbs/01_config.ipynb #e6792d10
@@ -220,7 +220,7 @@ def read_yaml(path) -> dict:
     path = Path(path)
     if not path.is_file(): raise InputError(path, "no such file")
     try: return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as err: raise InputError(path, f"not valid YAML ({' '.join(str(err).split())})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as err: raise InputError(path, f"not valid YAML ({' '.join(str(err).split())})") from None
 
 def load_params(path=None, profile:str|None=None) -> Params:
     "params.yaml under its own or another `profile`, every run of it checked."
@@ -252,6 +252,7 @@ def under(params:Params, profile:str) -> Params:
         raise InputError(f"{where}.only", f"unknown run '{unknown[0]}'", _nearest(unknown[0], runs))
     params = params.model_copy(update=dict(corpus=differing(params.corpus, tier.corpus, CorpusConfig), runs={n: runs[n] for n in tier.only or runs},
                                            frames=differing(params.frames, tier.frames, FramesConfig)))
+    parse(RunConfig, params.defaults, "params.yaml: defaults")            # what is wrong there is wrong in no run
     for name in params.runs: run_config(params, name)
     return params
 

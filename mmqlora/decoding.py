@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from .core import rng_for
-from .frames import SELECTORS, coverage, select_frames, signal_of
+from .frames import HEARING, SELECTORS, coverage, select_frames, signal_of
 from .mmevents import write_mp4
 from .render import SAMPLE_RATE, render, sound
 from .scenes import FPS, FRAMES, target_scene
@@ -68,20 +68,18 @@ def best_seconds(works:dict, repeats:int=5, least:float=0.) -> dict:
     return best
 
 # %% ../nbs/06b_decoding.ipynb #45a99981
-def _hears(selector:str) -> bool: return selector in ("sound", "mixture")
-
 def _follow(selector:str, clip, samples) -> dict:
     "The signals that `selector` follows."
     name, n = signal_of(selector), len(clip.frames)
     wanted = MEASURED if selector == "mixture" else {*MEASURED} & {name}
     signals = frame_signals(clip.frames, wanted) if wanted else {}
     if name == "cuts": signals["cuts"] = scene_cuts(clip.frames)
-    if _hears(selector): signals["sound"] = audio_energy(samples, n)
+    if selector in HEARING: signals["sound"] = audio_energy(samples, n)
     return signals
 
 def _share(seconds:dict, name:str) -> float:
     "Of decoding what a work needs: frames, and the sound for selectors that follow it."
-    return seconds[name]/(seconds["read_clip"] + seconds["read_audio"]*_hears(name))
+    return seconds[name]/(seconds["read_clip"] + seconds["read_audio"]*(name in HEARING))
 
 def decode_costs(path, size:int=32, repeats:int=5, k:int=8, least:float=0.) -> dict:
     """Frames, seconds, and ratios of one video: throughput against bare PyAV (and what area scaling frame by frame leaves of it), the same arrays and full

@@ -15,8 +15,8 @@ from statistics import median
 import torch
 
 from .adapters import adapt
-from .benchmark import (BIG, KINDS, _dtype, _memory, _sync, build_base, build_model, cells, clean, compare_gradients, efficiency, make_batch, measure, name_of, set_up,
-                               profiled, stepper, target_cells)
+from .benchmark import (BIG, KINDS, _dtype, _memory, _sync, build_base, build_model, cells, clean, clip_size, compare_gradients, efficiency, make_batch, measure, name_of,
+                               profiled, set_up, stepper, stir, target_cells)
 from .core import InputError, repo_path
 from .ledger import peak_of
 from .lifecycle import merge
@@ -30,14 +30,12 @@ def method_model(name, method:str, device:str, small:bool=False, rank:int=16, ga
     model = adapt(build_base(name, device, dtype or _dtype(device), small, quantization), method, {"text": rank}, gate=gate)
     if small and dtype is None: same_precision(model)                  # matrices this small have no kernel of their own on a CPU
     torch.manual_seed(1)
-    for n, p in model.named_parameters():
-        if p.requires_grad and any(part in n for part in ("lora_B", "lora_gate", "adapter_up.", "adapter_gate")): p.data.normal_(std=.01)
-    return model.train()
+    return stir(model, ("lora_B", "lora_gate", "adapter_up.", "adapter_gate")).train()
 
 def one_clip(model, frames:int, device:str, small:bool) -> dict:
     "`make_batch`, and frame signals for the gates."
-    frames = min(frames, 4) if small else frames
-    return make_batch(model, frames, device, _dtype(device), 56 if small else 336) | dict(signals=torch.randn(1, frames, 2, generator=torch.Generator().manual_seed(0)).to(device))
+    frames, side = clip_size(frames, small)
+    return make_batch(model, frames, device, _dtype(device), side) | dict(signals=torch.randn(1, frames, 2, generator=torch.Generator().manual_seed(0)).to(device))
 
 def seen(model, loss, gate:str="rank"):
     "The loss of a batch with frame signals; without gates they are not even looked at."
@@ -76,7 +74,7 @@ def gated_profile_cell(cell:dict, device:str, small:bool) -> dict:
 
 def gated_gradient_cell(cell:dict, device:str, small:bool) -> dict:
     "`benchmark.compare_gradients` with gates: each way in 16 bits against stock in fp32."
-    frames, side = (min(cell["frames"], 4), 56) if small else (cell["frames"], 336)
+    frames, side = clip_size(cell["frames"], small)
     def batch(model, dtype):
         set_frame_signals(model, torch.randn(1, frames, 2, generator=torch.Generator().manual_seed(0)).to(device))
         return make_batch(model, frames, device, dtype, side)
@@ -181,8 +179,7 @@ def base_cell(cell:dict, device:str, small:bool) -> dict:
     model, _ = load_model(repo_path(cell["model"]), "nf4", device="cpu")
     model = adapt(model, "qlora", {"text": 8}, gate="rank" if cell["adapter"] == "gated" else "none").eval()
     torch.manual_seed(1)
-    for n, p in model.named_parameters():
-        if "lora_B" in n: p.data.normal_(std=.01)
+    stir(model)
     if cell["adapter"] == "merged": model, _ = merge(model)
     clips, words = (2, 3) if small else (cell["clips"], cell["words"])
     batch = repeated(make_batch(model, cell["frames"], "cpu", torch.float32), clips)

@@ -21,7 +21,7 @@ from .batch import ClipSet, dominant_pitch, pitch_class
 from .config import FramesConfig, parse
 from .core import InputError, write_json
 from .corpus import ClipRecord, video_path
-from .frames import coverage, gains_of, interval_sum, select_frames, set_name, shared_budget
+from .frames import HEARING, SELECTORS, coverage, gains_of, interval_sum, select_frames, set_name, shared_budget
 from .signals import NAMES, audio_energy, frame_signals, scene_cuts
 from .video import read_audio, read_clip
 
@@ -43,7 +43,7 @@ def measure(path, size:int=32, start:float=0., end:float|None=None, selectors=()
     clip = read_clip(path, size, start, end, fps)
     signals, n = frame_signals(clip.frames, (*NAMES, "change")), len(clip.frames)
     if "scene" in selectors: signals["cuts"] = scene_cuts(clip.frames, (n - 1)/(clip.times[-1] - clip.times[0]) if n > 1 else 25.)
-    if {"sound", "mixture"} & set(selectors): signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
+    if {*HEARING} & {*selectors}: signals["sound"] = audio_energy(read_audio(path, start=start, end=end), n)
     return clip, signals
 
 def _told(times, dense, index) -> tuple:
@@ -55,7 +55,8 @@ def _told(times, dense, index) -> tuple:
 
 def choose(clip, signals:dict, selector:str, k:int, config:FramesConfig, name:str="") -> tuple:
     "The `k` frames that `selector` chooses: pixels (K, 3, S, S), position (K,), gate signals (K, 9), indices (K,)."
-    index = select_frames(selector, signals, len(clip.frames), k, config.floor, config.seed, name)
+    if k > (n := len(clip.frames)): raise InputError(name or "clip", f"{k} frames asked of a clip of {n}", f"at most {n}")
+    index = select_frames(selector, signals, n, k, config.floor, config.seed, name)
     return clip.frames[index].transpose(0, 3, 1, 2), *_told(clip.times, np.stack([signals[s] for s in NAMES]), index), index
 
 def _heard(pitch, index) -> np.ndarray:
@@ -131,8 +132,9 @@ def load_videos(paths, frames:int=8, size:int=32, selector:str="entropy") -> Cli
     "A clip set from video files: `frames` chosen frames of each. Raises `InputError` for a file that cannot be read."
     paths = [Path(p) for p in paths]
     if not paths: raise InputError("paths", "no video files given")
-    config = parse(FramesConfig, dict(budgets=[frames], size=size, selectors=[selector]), "load_videos")
     if selector == ADAPTIVE: raise InputError("selector", "adaptive shares a budget among the clips of a corpus", "cover is what it does for one clip")
+    if selector not in SELECTORS: raise InputError("selector", f"unknown selector '{selector}'", f"choose from: {', '.join(SELECTORS)}")
+    config = parse(FramesConfig, dict(budgets=[frames], size=size, selectors=[selector]), "load_videos")
     return _stack([choose(*measure(p, size, selectors=config.selectors), selector, frames, config, p.name) for p in paths])
 
 # %% ../nbs/06a_prepare.ipynb #d3de5997

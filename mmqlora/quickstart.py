@@ -24,6 +24,8 @@ def load(
     "The base model, with a trained adapter on it if one is given. Raises `InputError` for a folder without one."
     if adapter and not (Path(adapter)/"adapter_config.json").is_file():
         raise InputError(adapter, "holds no adapter_config.json", "give the folder that save_pretrained wrote")
-    planned = adapter and "bits" in read_json(Path(adapter)/"adapter_config.json")      # by the joint allocation, module by module
-    model, tokenizer = load_model(base, "none" if planned else quantization, device=device)
+    stored = read_json(Path(adapter)/"adapter_config.json") if adapter else {}
+    named = stored.get("base_model_name_or_path")
+    if named and Path(named).resolve() == Path(base).resolve(): base = named            # in the adapter's own words, else peft warns of another base
+    model, tokenizer = load_model(base, "none" if "bits" in stored else quantization, device=device)   # bits: of the joint allocation, module by module
     return (lean(load_adapter(model, adapter, trainable)) if adapter else model), tokenizer

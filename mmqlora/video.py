@@ -36,10 +36,11 @@ def _name(path) -> str:
 
 def _open(path):
     if "://" in str(path): raise InputError(_name(path), "URLs are not opened", "download the file first")
+    if Path(path).is_dir(): raise InputError(_name(path), "is a folder", "give the video files in it")
     if not Path(path).is_file(): raise InputError(_name(path), "no such video file")
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     try: return av.open(str(Path(path).absolute()), container_options=options, metadata_errors="replace")
-    except av.error.FFmpegError as err: raise InputError(_name(path), f"not a readable video ({err.strerror})") from None
+    except av.error.FFmpegError as err: raise InputError(_name(path), f"not a readable video ({err.strerror})", "give a whole video file") from None
 
 def _video_stream(container, path):
     "The first video stream; packets of all others are left out where they are read."

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mmqlora.batch import ClipSet, build_tokenizer
-from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up
+from mmqlora.benchmark import build_model, make_batch, quantize_linears, set_up, stir, widen
 from mmqlora.blocks import Group, Lin, dense, project
 from mmqlora.config import RunConfig
 from mmqlora.core import InputError
@@ -36,8 +36,7 @@ def adapted(family, dtype=torch.float32, levers=None, bits=4, **options):
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(inner) and "lm_head" not in n and "resampler" not in n]
     torch.manual_seed(0)
     model = peft.get_peft_model(model.requires_grad_(False), peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
-    for n, p in model.named_parameters():
-        if "lora_B" in n: p.data.normal_(std=.05)
+    stir(model, std=.05)
     if levers is not None: low_memory(model, levers, **options)
     return model.train()
 
@@ -68,25 +67,17 @@ def test_all_levers_together_leave_loss_and_gradients_as_they_are(family):
     assert ("2 layers as blocks" in model._mmqlora.done["blocks"]) == (family in BLOCKED)
 
 
-@pytest.mark.parametrize("lever", LEVERS)
+ALONE = {**{lever: dict(levers=[lever], embeddings="host", head="stream", block=32) for lever in LEVERS},
+         "keep_attention": dict(levers=["blocks"], keep_attention=True), "host": dict(levers=["head", "label_loss"], head="host"),
+         "stream": dict(levers=["head"], head="stream")}          # offload and graphs need a GPU: cells `blocks+offload`, `blocks+graphs` of the benchmark
+
+
+@pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_lever_alone_leaves_loss_and_gradients_as_they_are(family, lever):
+def test_each_lever_and_option_alone_leaves_loss_and_gradients_as_they_are(family, name):
     batch = video_inputs(family)
     loss, wanted = gradients(adapted(family), batch)
-    again, found = gradients(adapted(family, levers=[lever], embeddings="host", head="stream", block=32), batch)
-    assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
-
-
-OPTIONS = {"keep_attention": dict(levers=["blocks"], keep_attention=True), "host": dict(levers=["head", "label_loss"], head="host"),
-           "stream": dict(levers=["head"], head="stream")}        # offload and graphs need a GPU: cells `blocks+offload`, `blocks+graphs` of the benchmark
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_option_alone_leaves_loss_and_gradients_as_they_are(family, option):
-    batch = video_inputs(family)
-    loss, wanted = gradients(adapted(family), batch)
-    again, found = gradients(adapted(family, **OPTIONS[option]), batch)
+    again, found = gradients(adapted(family, **ALONE[name]), batch)
     assert again == pytest.approx(loss, rel=1e-6) and distance(found, wanted) < 1e-5
 
 
@@ -103,12 +94,7 @@ def test_a_head_in_4_bits_is_near_and_says_where_it_does_not_apply(family):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3", "qwen3_vl"])
 def test_in_16_bits_ours_is_as_close_to_fp32_as_stock(family):
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in video_inputs(family).items()}
-    exact = adapted(family, torch.bfloat16)
-    for m in exact.modules():
-        if isinstance(m, bnb.Linear4bit): m.compute_dtype = torch.float32
-    for p in exact.parameters():
-        if p.is_floating_point(): p.data = p.data.float()
-    _, wanted = gradients(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
+    _, wanted = gradients(widen(adapted(family, torch.bfloat16)), {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
     stock = distance(gradients(adapted(family, torch.bfloat16), batch)[1], wanted)
     ours = distance(gradients(adapted(family, torch.bfloat16, tuple(LEVERS)), batch)[1], wanted)
     assert ours < 2*stock < .1                                                    # rounding the adapters to 16 bits is part of ours
@@ -276,8 +262,7 @@ def gated(family, gate, levers=None, **options):
     text = {n: 4 if i % 2 else 2 for i, n in enumerate(linears(model)["text"])}                # ranks that differ
     model = peft.get_peft_model(model.requires_grad_(False), TemporalLoraConfig(r=4, lora_alpha=8, target_modules=list(text), rank_pattern=text, gate=gate))
     wire_gates(model)
-    for n, p in model.named_parameters():
-        if "lora_B" in n or "lora_gate" in n: p.data.normal_(std=.3)
+    stir(model, ("lora_B", "lora_gate"), std=.3)
     if levers is not None: low_memory(model, levers, **options)
     return model.train()
 

@@ -12,7 +12,7 @@ from mmqlora.benchmark import ARCHITECTURES, build_model, config_of, make_batch,
 from mmqlora.cli import app
 from mmqlora.core import InputError, read_json, repo_path
 from mmqlora.ledger import counted, held
-from mmqlora.planner import CANDIDATES, Calibration, Prediction, Setting, calibrate, fits_or_raise, operations, plan, predict, timed
+from mmqlora.planner import CANDIDATES, Calibration, Prediction, Setting, calibrate, fits_or_raise, operations, plan, predict_cost, timed
 
 SMALL = config_of("qwen2.5-vl-7b", small=True)
 
@@ -34,7 +34,7 @@ def test_operations_are_those_that_pytorch_counts(family):
     side = 64 if family == "qwen3_vl" else 56
     _, loss, batch = real_step(tiny_models.config(family), "stock_labels", side)
     with FlopCounterMode(display=False) as real: loss(batch).backward()
-    planned = predict(tiny_models.config(family), Setting(4, way="stock_labels", quantization="none", side=side))
+    planned = predict_cost(tiny_models.config(family), Setting(4, way="stock_labels", quantization="none", side=side))
     assert planned.flops == pytest.approx(real.get_total_flops(), rel=.02)
 
 
@@ -45,7 +45,7 @@ def test_operations_of_our_step_are_those_of_a_real_one(family):
     with counted() as real: loss(batch).backward()
     text, blocks = model.config.get_text_config(), int(model._mmqlora.done["blocks"].split()[0])
     again = blocks*4*text.hidden_size*batch["input_ids"].shape[1]**2                      # without a flash kernel, attention runs once more for its gradient
-    planned = predict(tiny_models.config(family), Setting(4, quantization="none", side=side))
+    planned = predict_cost(tiny_models.config(family), Setting(4, quantization="none", side=side))
     assert planned.flops == pytest.approx(real.flops - again, rel=.02)
 
 
@@ -69,11 +69,11 @@ def test_grouped_heads_are_counted_whatever_this_torch_knows_of_them(heads, monk
 
 
 def test_a_family_whose_inputs_are_unknown_is_an_error():
-    with pytest.raises(InputError, match="its inputs are not known to the planner"): predict(tiny_models.config("instructblipvideo"), Setting(4))
+    with pytest.raises(InputError, match="its inputs are not known to the planner"): predict_cost(tiny_models.config("instructblipvideo"), Setting(4))
 
 
 def test_bytes_are_those_of_the_parts():
-    p = predict(SMALL, setting())
+    p = predict_cost(SMALL, setting())
     model = build_model(SMALL, "cpu", torch.bfloat16)
     set_up(model, "ours", embeddings="keep")
     with counted() as real: real.hold(held(model))
@@ -84,35 +84,35 @@ def test_bytes_are_those_of_the_parts():
 
 
 def test_more_frames_and_ranks_need_more_and_each_candidate_needs_less():
-    peaks = [predict("qwen2-vl-2b", Setting(8, **c)).peak for c in CANDIDATES]
+    peaks = [predict_cost("qwen2-vl-2b", Setting(8, **c)).peak for c in CANDIDATES]
     assert all(a >= b for a, b in zip(peaks, peaks[1:])) and peaks[1] > peaks[3] > peaks[4]
-    assert predict(SMALL, setting(16)).peak > predict(SMALL, setting(8)).peak
-    assert predict(SMALL, setting(rank=32)).peak > predict(SMALL, setting(rank=4)).peak
-    assert predict(SMALL, setting(way="stock")).peak > predict(SMALL, setting()).peak
+    assert predict_cost(SMALL, setting(16)).peak > predict_cost(SMALL, setting(8)).peak
+    assert predict_cost(SMALL, setting(rank=32)).peak > predict_cost(SMALL, setting(rank=4)).peak
+    assert predict_cost(SMALL, setting(way="stock")).peak > predict_cost(SMALL, setting()).peak
 
 
 def test_a_seven_billion_model_is_planned_without_its_weights():
-    p = predict("qwen2.5-vl-7b", Setting(frames=32, head="stream", offload=True))
+    p = predict_cost("qwen2.5-vl-7b", Setting(frames=32, head="stream", offload=True))
     assert p.tokens == 2432 and 4.5 < p.peak/2**30 < 5.5 and 90e12 < p.flops < 120e12
 
 
 def test_the_error_names_the_nearest_setting_that_fits_and_it_does_fit():
     least = replace(setting(64), **CANDIDATES[-1])
-    memory = predict(SMALL, least).peak - 1
+    memory = predict_cost(SMALL, least).peak - 1
     with pytest.raises(InputError, match="64 frames need .* the nearest that fits: 6[02] frames"): plan(SMALL, memory, frames=64, rank=16, side=56)
     best = plan(SMALL, memory, rank=16, side=56)
-    assert best.peak <= memory < predict(SMALL, replace(best.setting, frames=best.setting.frames + 2)).peak
+    assert best.peak <= memory < predict_cost(SMALL, replace(best.setting, frames=best.setting.frames + 2)).peak
     with pytest.raises(InputError, match="the nearest that fits: 62 frames"): fits_or_raise(SMALL, setting(64), memory)
     assert fits_or_raise(SMALL, least, memory + 1).peak == memory + 1
 
 
 def test_where_the_rank_is_free_a_smaller_one_is_chosen_before_the_frames_are_given_up():
-    memory = predict(SMALL, replace(setting(8), **CANDIDATES[-1])).peak - 1
+    memory = predict_cost(SMALL, replace(setting(8), **CANDIDATES[-1])).peak - 1
     assert plan(SMALL, memory, frames=8, side=56).setting.rank < 16
 
 
 def test_one_calibration_gives_seconds():
-    p = predict(SMALL, setting())
+    p = predict_cost(SMALL, setting())
     bound, card = Calibration().seconds(p), Calibration().card(p)
     slow = calibrate(p, 2*bound)                                                            # a model this small waits for the host
     assert slow.seconds(p) == pytest.approx(2*bound) and slow.call == pytest.approx(50e-6, rel=.01) and slow.factor == 1
@@ -179,7 +179,7 @@ def test_a_lease_without_a_step_to_calibrate_on_promises_no_time():
 
 def test_at_full_size_operations_are_those_that_pytorch_counts():
     setting = Setting(16, way="ours")
-    assert predict("qwen2-vl-2b", setting).flops == pytest.approx(operations("qwen2-vl-2b", setting), rel=.02)
+    assert predict_cost("qwen2-vl-2b", setting).flops == pytest.approx(operations("qwen2-vl-2b", setting), rel=.02)
     rows = [row for row in RECORD["operations"] if row["counted"]]                         # `check_operations`, minutes each
     assert {row["cell"].split("/")[0] for row in rows} >= set(ARCHITECTURES) - {"video-llama3-7b"} and {row["cell"].split("/")[1] for row in rows} >= {"stock_labels", "ours"}
     assert max(abs(row["planned"]/row["counted"] - 1) for row in rows) < .02
