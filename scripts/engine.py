@@ -104,7 +104,8 @@ def answer(client:socket.socket) -> int:
     os.setpgid(0, 0)
     def end_with_client(): client.recv(1) or os.killpg(0, signal.SIGKILL)
     threading.Thread(target=end_with_client, daemon=True).start()
-    folder, argv = json.loads(asked)
+    folder, argv, ours = json.loads(asked)
+    os.environ.update(ours)
     os.chdir(folder)
     code = execute(*argv)
     client.send(bytes([code]))
@@ -127,7 +128,7 @@ def share():
     from mmqlora.config import load_params
     from mmqlora.core import InputError
     from mmqlora.runs import split_records
-    with suppress(InputError): split_records(load_params(), "train")                   # no corpus: the run says so
+    with suppress(InputError, KeyError): split_records(load_params(), "train")         # no corpus, no such split: the run says so
     gc.collect()
     gc.freeze()
 

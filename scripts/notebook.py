@@ -10,9 +10,10 @@ import sys
 
 
 def ask(path:str, argv:list[str]) -> int:
+    ours = {k: v for k, v in os.environ.items() if k.startswith("MMQLORA_")}           # the engine began before some of them were set
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
-        socket.send_fds(server, [json.dumps([os.getcwd(), argv]).encode()], [0, 1, 2])
+        socket.send_fds(server, [json.dumps([os.getcwd(), argv, ours]).encode()], [0, 1, 2])
         return (server.recv(1) or b"\1")[0]
 
 
