@@ -218,7 +218,8 @@ def load_model(
     model = from_pretrained(path, quantization, dtype, device)
     if model.device.type == "cuda": mixed_precision(model)
     try: return model, AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, ImportError): raise InputError(path, "holds no tokenizer", "save one there: tokenizer.save_pretrained(folder)") from None
+    except (OSError, ValueError, ImportError) as err:
+        raise InputError(path, f"holds no tokenizer that can be read ({str(err).strip().splitlines()[0]})", "save one there: tokenizer.save_pretrained(folder)") from None
 
 # %% ../nbs/07_model.ipynb #631390f7
 def save_model(path, model, tokenizer, log:dict):

@@ -211,7 +211,7 @@ class TaskStepper(Stepper):
 def _record(stepper:Stepper, rows, frames):
     "Warm up and record the update for these shapes as a CUDA graph: (graph, its inputs, its loss)."
     inputs = rows.clone(), frames.clone()
-    graph, loss = record(lambda: stepper.update(*inputs), stepper.memory)
+    graph, loss = record(lambda: stepper.update(*inputs), stepper.device, stepper.memory)
     stepper.memory = graph.pool()                                        # graphs run one at a time and share their memory
     return graph, inputs, loss
 

@@ -214,16 +214,20 @@ class Trainer(Batches):
 
 # %% ../nbs/09_train.ipynb #a98d54e8
 def _gradients(self:Trainer, batch:dict) -> float:
-    "Mean loss of a batch; its gradient is left in the parameters."
-    try:
-        if self.recorded: return self.recorded(batch)
-        self.optimizer.zero_grad()
-        if self.micro is None:
-            loss = self.loss(batch)
-            loss.backward()
-            return float(loss.detach())
-    except torch.OutOfMemoryError: self.recorded, self.micro = None, MicroBatches(max(1, len(batch["labels"])//2))
-    return self.micro(self._loss_sum, self.trained, batch)
+    "Mean loss of a batch; its gradient is left in the parameters. What does not fit is tried unrecorded, then in parts."
+    try: return (self.recorded or self.plain)(batch)
+    except torch.OutOfMemoryError: fewer = max(1, len(batch["labels"])//2)                # the rest outside the handler, which keeps the step's tensors alive
+    if self.recorded: self.recorded = None
+    else: self.micro = MicroBatches(fewer)
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    return self.gradients(batch)
+
+def _plain(self:Trainer, batch:dict) -> float:
+    self.optimizer.zero_grad()
+    if self.micro: return self.micro(self._loss_sum, self.trained, batch)
+    loss = self.loss(batch)
+    loss.backward()
+    return float(loss.detach())
 
 @contextmanager
 def _recording(self:Trainer):
@@ -263,7 +267,7 @@ def _fits_or_raise(self:Trainer, memory:int):
     if (need := self.need(whole, self.clips.pixels.shape[1])) <= memory: return
     raise InputError("memory", f"a step with {whole} clips at once needs {mib(need)}, there are {mib(memory)}", self.nearest(whole, memory))
 
-Trainer.gradients, Trainer.recording, Trainer._loss_sum = _gradients, _recording, _loss_sum
+Trainer.gradients, Trainer.plain, Trainer.recording, Trainer._loss_sum = _gradients, _plain, _recording, _loss_sum
 Trainer.need, Trainer.nearest, Trainer.fits_or_raise = _need, _nearest, _fits_or_raise
 
 # %% ../nbs/09_train.ipynb #a210860b

@@ -55,6 +55,7 @@ def reached(notebook):
 def main(out="artifacts/code"):
     out = ROOT/out
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.json"): old.unlink()                          # of notebooks that are no more
     for notebook in sorted((ROOT/"nbs/experiments").glob("*.ipynb")):
         code = {module: md5((ROOT/f"mmqlora/{module}.py").read_bytes()).hexdigest() for module in sorted(reached(notebook))}
         (out/f"{notebook.stem}.json").write_text(json.dumps(code, indent=1) + "\n")

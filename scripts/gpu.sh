@@ -57,7 +57,7 @@ bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --d
 base() {
   export CUDA_VISIBLE_DEVICES=0
   (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
-  if [ -d $kept/carried ]; then mkdir -p artifacts/gpu/base; cat $kept/carried/base.* | tar x -C artifacts/gpu/base
+  if [ -d $kept/carried ]; then (cd $kept/carried; sha256sum --quiet -c base.sum); mkdir -p artifacts/gpu/base; cat $kept/carried/base.[0-9]* | tar x -C artifacts/gpu/base
   else gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96; fi
   wait $made
   unset CUDA_VISIBLE_DEVICES
@@ -98,9 +98,13 @@ shown() {
   return 0
 }
 
-parts() {   # of the base model, three a call: a base that is at home outlives its lease
-  [ -f artifacts/gpu/base/model.safetensors ] && [ ! -d $kept/carried ] || return 0
-  [ -d $kept/parts ] || { mkdir $kept/parts $kept/told; tar c -C artifacts/gpu/base . | split -b 15M -d -a 2 - $kept/parts/base.; }
+parts() {   # of the base model, three a call: a base that is at home outlives its lease; base.sum tells whether all came
+  [ -f artifacts/gpu/base/log.json ] && [ ! -d $kept/carried ] || return 0                       # the log is written last
+  if [ ! -d $kept/parts ]; then
+    mkdir -p $kept/told; rm -rf $kept/parts.new; mkdir $kept/parts.new
+    tar c -C artifacts/gpu/base . | split -b 15M -d -a 2 - $kept/parts.new/base.; (cd $kept/parts.new; sha256sum base.* > base.sum)
+    mv $kept/parts.new $kept/parts
+  fi
   for part in $(ls $kept/parts | head -3); do cp $kept/parts/$part $OUT/; mv $kept/parts/$part $kept/told/; done
 }
 

@@ -53,9 +53,9 @@ LOCK.representer.add_representer(OrderedDict, SafeRepresenter.represent_dict)
 
 @contextmanager
 def modify_yaml(path, fs=None):
-    "As DVC's own, for dvc.lock, in which nobody writes comments."
+    "As DVC's own, for what it writes while runs are made: dvc.lock, in which nobody writes comments."
     path = Path(path)
-    data = LOCK.load(path) if path.is_file() else {}
+    data = path.is_file() and LOCK.load(path) or {}
     yield data
     with atomic_path(path) as tmp: LOCK.dump(data, tmp)
 
@@ -101,11 +101,13 @@ def walk(weights:dict[str, float], workers:int) -> list[str]:
 def main() -> int:
     begin, have, params = time.monotonic(), cores(), load_params()
     with warm():                              # imports while DVC finds out what is stale
-        waiting = stale(sys.argv[1:])
+        try: waiting = stale(sys.argv[1:])
+        except DvcException as err: sys.exit(f"mmqlora: {err}")
         if not waiting: return 0
-        os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))
-        wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
-    with in_its_layout(repo_path("dvc.lock")): pass                # DVC breaks long lines elsewhere, which git would tell
+        os.environ["MMQLORA_CORES"] = str(max(1, have//len(waiting)))          # travels with each run: the engine lives already
+        try: wrong = walk({s: expected(params, s.partition("@")[2]) for s in waiting}, min(have, len(waiting)))
+        finally:                                                             # DVC breaks long lines elsewhere, which git would tell
+            with Repo(_wait_for_lock=True) as repo, repo.lock, in_its_layout(repo_path("dvc.lock")): pass
     print(f"== {len(waiting)} runs, {(time.monotonic() - begin)/60:.1f} min in all", flush=True)
     for line in wrong: print(f"mmqlora: {line}", file=sys.stderr)
     return bool(wrong)

@@ -83,7 +83,11 @@ def test_every_lease_that_is_kept_is_read():
 def test_the_runs_of_a_lease_share_its_base_model(lease):
     bases = {read_json(p)["base"] for p in (ROOT/"results"/lease).glob("*.json")}
     assert len(bases) == 1
-    if (tuned := ROOT/f"results/{lease}-tune.json").is_file() and lease != "gpu": assert bases == {read_json(tuned)["base_hash"]}     # those of the tier may be of a lease before
+
+
+def test_the_rates_of_the_tier_gpu_were_tried_on_the_base_of_one_of_its_leases():
+    bases = {read_json(p)["base"] for lease in ("gpu", *(f"gpu-{name}" for name in LEASES)) for p in (ROOT/"results"/lease).glob("*.json")}
+    assert read_json(ROOT/"results/gpu-tune.json")["base_hash"] in bases
 
 
 @pytest.mark.parametrize("name, chosen", [("tune", False), ("gpu-tune", True)])

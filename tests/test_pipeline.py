@@ -228,6 +228,8 @@ def test_runs_are_forks_of_a_process_that_has_imported_torch_and_end_with_who_as
         done, [value] = executed(tmp_path, "import sys; 'torch' in sys.modules, word")
         assert done.returncode == 0 and value.data["text/plain"] == "(True, 'told')"
         assert executed(tmp_path, "raise SystemExit(3)")[0].returncode == 1
+        monkeypatch.setenv("MMQLORA_CORES", "1")                          # set after the engine began
+        assert executed(tmp_path, "import os; os.environ['MMQLORA_CORES']")[1][0].data["text/plain"] == "'1'"
 
 
 def test_the_heaviest_runs_start_first():

@@ -104,6 +104,12 @@ def test_rates_are_chosen_by_dev_loss(params):
     assert chosen_rates(params, trials) == {"gated": {"lr": expected}}
 
 
+def test_a_lower_rate_is_taken_within_a_tenth_of_the_least_loss_but_not_for_gates(params, monkeypatch):
+    monkeypatch.setattr(tier, "tuned_fields", lambda params: {"tqlora": {"lr": [1., 2.], "gate_lr": [1., 2.]}})
+    trials = [dict(run="tqlora", seed=0, loss=loss, **{field: value}) for field in ("lr", "gate_lr") for value, loss in ((1., .105), (2., .1))]
+    assert chosen_rates(params, trials) == {"gated": {"lr": 1., "gate_lr": 2.}}
+
+
 def test_gates_are_tried_with_the_rate_that_was_chosen_for_their_method(params, monkeypatch):
     rates, grid = [], {"tqlora": {"gate_lr": [2.]}, "plain": {"lr": [1e-3, 1e-2]}}
     params = params.model_copy(update={"gpu": params.gpu.model_copy(update={"grid": grid}), "runs": params.runs | {"plain": {}}})
