@@ -6,7 +6,7 @@
 __all__ = ['STANDARD', 'dense', 'Lin', 'Group', 'project', 'raised', 'lora_grad', 'gated', 'project_grad', 'fused', 'rms_norm',
            'rms_norm_grad', 'swiglu', 'swiglu_grad', 'rope', 'weighed', 'weighed_left', 'up_left', 'left_over', 'Spans',
            'spans_of', 'attend', 'attend_grad', 'Stash', 'Offload', 'Plan', 'Half', 'gate_columns', 'Gates', 'gates_of',
-           'gates_ahead', 'gate_logits', 'Gradients', 'Mlp', 'Attention', 'HalfFunction', 'Buffers', 'Graph', 'Again',
+           'gates_ahead', 'gate_logits', 'Gradients', 'Mlp', 'Attention', 'HalfFunction', 'Buffers', 'Graph',
            'Imagined', 'recorded', 'NormFunction', 'Unfit', 'read_linear', 'read_norm', 'read_layer', 'run_layer',
            'fuse_layer', 'fuse_norm']
 
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from .recorded import Again
 from .temporal import GateVariant, Layout, slopes, stacked, token_table
 
 # %% ../nbs/09b_blocks.ipynb #379a2191
@@ -612,13 +613,6 @@ class Graph:
         return self.buffers.out.clone(), *(None if s is None else next(parts).view(s) for s in self.shapes)
 
 # %% ../nbs/09b_blocks.ipynb #12dd243a
-class Again:
-    "What stands for a graph on a CPU: the work itself, with its result where it was."
-    def __init__(self, work): self.work, self.result = work, work()
-    def replay(self):
-        new = self.work()
-        if new is not None: self.result.copy_(new)
-
 @cache
 def _recorder(): return torch.cuda.Stream()                            # one for all models: the matrix library keeps a workspace for every stream it has seen
 

@@ -8,13 +8,13 @@ __all__ = ['spectra', 'gate_map']
 # %% ../nbs/08f_insight.ipynb #ed517303
 import torch
 
-from .model import modality_of
+from .model import base_of, modality_of
 from .temporal import gate_values, seen_columns, unit_features
 
 # %% ../nbs/08f_insight.ipynb #e55736c6
 def _low_rank(model, adapter:str):
     "(modality, name, layer) of every layer with a low-rank update."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     for name, layer in base.named_modules():
         if adapter in getattr(layer, "lora_A", {}): yield modality_of(base, name), name, layer
 

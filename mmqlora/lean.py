@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel, SmolVLMVisionAttention, SmolVLMVisionEmbeddings
 
+from .model import base_of
 from .temporal import GateVariant
 
 # %% ../nbs/08f_lean.ipynb #a0bcba8b
@@ -281,7 +282,7 @@ def lean(
     keep:bool=True,    # Keep dense copies of 4-bit weights
 )->nn.Module:          # The same model
     "Swap the parts of `model` for leaner ones that compute the same."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if base.config.model_type != "smolvlm" or base.device.type != "cpu" or base.dtype != torch.float32 or hasattr(base, "leaned"): return model
     base.leaned, layers = True, [m for m in base.modules() if isinstance(m, LlamaDecoderLayer)]
     for module in list(base.modules()):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHERS', 'STEP', 'tower_features', 'unasked', 'rounded', 'first_label', 'Again', 'record', 'Recorded', 'recordable']
 
-# %% ../nbs/08i_recorded.ipynb #7c505c41
+# %% ../nbs/08i_recorded.ipynb #c6fc1556
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import InputError
+from .model import base_of
 from .temporal import takes_signals
 
-# %% ../nbs/08i_recorded.ipynb #bc83c8bd
+# %% ../nbs/08i_recorded.ipynb #bd73faad
 def tower_features(vision, pixels:torch.Tensor) -> torch.Tensor:
     "What a tower makes of frames (N, 3, S, S): (N, patches, hidden)."
     patches = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
@@ -46,7 +47,7 @@ def unasked(base:nn.Module):
         del inner.forward
         if had: inner.forward = had
 
-# %% ../nbs/08i_recorded.ipynb #9fdbfd19
+# %% ../nbs/08i_recorded.ipynb #d2d74a0a
 STEP = 8                                                               # tokens
 
 def rounded(batch:dict) -> dict:
@@ -56,14 +57,16 @@ def rounded(batch:dict) -> dict:
     return {k: F.pad(v, (0, more), value=ends[k]) if k in ends else v for k, v in batch.items()}
 
 def first_label(labels:torch.Tensor) -> int:
-    "The first column (L,) with a label of (B, L), rounded down; at least 1."
-    return max(1, int((labels != -100).any(0).float().argmax())//STEP*STEP)
+    "The first column with a label of (B, L). Waits for a GPU."
+    return int((labels != -100).any(0).float().argmax())
 
-# %% ../nbs/08i_recorded.ipynb #0f900c41
+# %% ../nbs/08i_recorded.ipynb #588c18de
 class Again:
     "What stands for a graph on a CPU: the work itself, with its result where it was."
     def __init__(self, work): self.work, self.result = work, work()
-    def replay(self): self.result.copy_(self.work())
+    def replay(self):
+        new = self.work()
+        if new is not None: self.result.copy_(new)
 
 def record(work, device:torch.device, pool=None) -> tuple:
     "Run `work()` twice (what it changes, it changes twice), then record it as a CUDA graph in the memory of `pool`: (graph, the tensor it returned, which each replay fills again)."
@@ -78,29 +81,28 @@ def record(work, device:torch.device, pool=None) -> tuple:
         with torch.cuda.graph(graph, pool=pool): result = work()
     return graph, result
 
-# %% ../nbs/08i_recorded.ipynb #4baa363f
+# %% ../nbs/08i_recorded.ipynb #2b985ea7
 class Recorded:
     "Mean loss of a batch, whose gradient is left in the parameters, as a CUDA graph for each shape. `loss(batch, first=...)`: of a batch whose first label stands there or later."
     def __init__(self, model:nn.Module, loss):
         self.loss, self.graphs, self.pool, self.grads = loss, {}, None, []
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base_of(model)
 
     def __call__(self, batch:dict) -> float:
         batch = rounded(batch)
         tensors = {k: v for k, v in batch.items() if k != "signals"}   # which stay on the host: no gate asks for them
-        key = first_label(batch["labels"]), *((k, tuple(v.shape)) for k, v in tensors.items())
+        key = max(1, first_label(batch["labels"])//STEP*STEP), *((k, tuple(v.shape)) for k, v in tensors.items())
+        for p, grad in zip(self.trained, self.grads): p.grad = grad     # where the graphs write, whatever `zero_grad` did to it
         if key not in self.graphs: self.graphs[key] = self._record(batch, tensors, key[0])
         graph, loss, buffers = self.graphs[key]
         for name, buffer in buffers.items(): buffer.copy_(batch[name])
-        for p, grad in zip(self.trained, self.grads): p.grad = grad     # where the graph writes, whatever `zero_grad` did to it
         graph.replay()
         return float(loss)
 
     def _record(self, batch:dict, tensors:dict, first:int) -> tuple:
         "(graph, its loss, the buffers it reads)"
         buffers = {k: v.clone() for k, v in tensors.items()}
-        for p, grad in zip(self.trained, self.grads): p.grad = grad
         graph, loss = record(lambda: self._gradients(batch | buffers, first), self.base.device, self.pool)
         self.grads = [p.grad for p in self.trained]
         if self.base.device.type == "cuda": self.pool = graph.pool()
@@ -112,9 +114,9 @@ class Recorded:
         loss.backward()
         return loss.detach()
 
-# %% ../nbs/08i_recorded.ipynb #9280cb18
+# %% ../nbs/08i_recorded.ipynb #d8daf304
 def recordable(model:nn.Module) -> bool:
     "Whether a step of `model` can be recorded: a SmolVLM on a GPU without gates, neither in int8 nor after `low_memory`, which records by itself."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     plain = not hasattr(model, "_mmqlora") and not takes_signals(model) and not any(isinstance(m, bnb.nn.Linear8bitLt) or getattr(m, "gradient_checkpointing", False) for m in base.modules())
     return base.config.model_type == "smolvlm" and base.device.type == "cuda" and plain

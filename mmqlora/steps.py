@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from .core import InputError
 from .ledger import WIDENED
+from .model import base_of
 
 # %% ../nbs/08h_steps.ipynb #fa0e1d72
 class Run:
@@ -129,7 +130,7 @@ def _positions(base, row:dict) -> torch.Tensor:
 
 def pack(model, rows:list[dict]) -> tuple[dict, list[int]]:
     "One row from batches of one clip each, and the lengths of the clips. `labels` of a clip's first token are dropped."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if any(len(r["input_ids"]) != 1 for r in rows): raise InputError("pack", "a row holds more than one clip", "give each clip as a batch of one")
     batch = {"position_ids": torch.cat([_positions(base, r) for r in rows], -1)}
     for key in rows[0]:

@@ -32,7 +32,7 @@ from .ledger import expected_peak, room_for
 from .model import linears, load_model
 from .prune import START, Pruner
 from .ranks import module_ranks, storage_bytes
-from .recorded import Recorded, recordable
+from .recorded import Recorded, first_label, recordable
 from .steps import MasterAdamW, MicroBatches, rows_of
 from .tasks import draw_tasks
 from .temporal import set_frame_signals, takes_signals
@@ -63,7 +63,7 @@ def caption_loss(model, batch:dict, reduction:str="mean", first:int|None=None) -
     "Cross-entropy of the caption tokens. 'mean': over all of them; 'none': (B, L), 0 at padding. `first`: no label stands before it (default: they are looked at, for which a GPU has to be waited)."
     labels = batch["labels"]
     if reduction == "mean" and hasattr(model, "_mmqlora"): return model(**batch, use_cache=False).loss       # `low_memory` finds the labels itself
-    first = int((labels != -100).any(0).float().argmax()) if first is None else first
+    first = first_label(labels) if first is None else first
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     logits = model(**inputs, logits_to_keep=labels.shape[1] - first + 1, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.float().transpose(1, 2), labels[:, first:], ignore_index=-100, reduction=reduction)
