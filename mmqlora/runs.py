@@ -140,8 +140,8 @@ def evaluate(model, tokenizer, data:SplitData, signals, retrieval:bool) -> tuple
     return scored(read, data.captions, True) if data.prompts else scored(read, data.references)
 
 # %% ../nbs/12a_runs.ipynb #a2695f21
-def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate, memory:int|None=None) -> dict:
-    "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint. `memory`: bytes that a step may need."
+def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measure=evaluate, memory:int|None=None, record:bool=True) -> dict:
+    "Train one seed and `measure` it. Checkpoints and the trained adapter go to `folder`; a finished run leaves no checkpoint. `memory`: bytes that a step may need; `record`: see `fit`."
     begin, train, log, counts, optimizer = time.perf_counter(), data["train"].first(config.train_clips), {"loss": [], "seconds": 0., "cpu_ms": []}, {}, None
     model, tokenizer = build(repo_path(config.base), config, seed, calibration=(train.clips, train.captions))
     if config.steps:
@@ -149,7 +149,7 @@ def run_seed(name:str, config:RunConfig, seed:int, data:dict, folder=None, measu
         trainer = Trainer(model, tokenizer, train.clips, train.references, config, seed, asked)
         counts, optimizer = _counts(trainer, memory), trainer.optimizer
     ready = time.perf_counter()
-    if config.steps: log = fit(trainer, folder and Path(folder)/f"seed{seed}.checkpoint.safetensors", label=f"{name} seed {seed}")
+    if config.steps: log = fit(trainer, folder and Path(folder)/f"seed{seed}.checkpoint.safetensors", label=f"{name} seed {seed}", record=record)
     cost = cost_of(model, optimizer, log["seconds"], len(log["loss"]), cpu_ms=log["cpu_ms"], **counts)
     about, trained, results = audit(model).to_dict("records"), time.perf_counter(), {}                # as it was trained
     for split, part in data.items():

@@ -127,7 +127,7 @@ def do_job(params:Params, job:Job, load) -> dict:
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     begin, data = time.perf_counter(), {split: load(config.selector, config.frames, split, config.audio) for split in ("train", *job.splits)}
     loaded = time.perf_counter() - begin
-    result = run_seed(job.run, config, job.seed, data, measure=read_split)
+    result = run_seed(job.run, config, job.seed, data, measure=read_split, record=False)
     result["cost"] = with_seconds(result["cost"], loaded)
     if torch.cuda.is_available(): result["cost"]["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     read = {s: dict(per_clip={k: compact(v) for k, v in per_clip.items()}, written=written) for s, (per_clip, _, written) in result["results"].items()}

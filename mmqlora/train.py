@@ -267,6 +267,11 @@ def _fits_or_raise(self:Trainer, memory:int):
     if (need := self.need(whole, self.clips.pixels.shape[1])) <= memory: return
     raise InputError("memory", f"a step with {whole} clips at once needs {mib(need)}, there are {mib(memory)}", self.nearest(whole, memory))
 
+def _begun(trainer:Trainer, checkpoint, key:str) -> dict:
+    "Where training stands: at its first step, or where the checkpoint left off."
+    if checkpoint and Path(checkpoint).is_file(): return load_checkpoint(checkpoint, trainer.model, trainer.optimizer, key)
+    return {"key": key, "step": 0, "loss": [], "seconds": 0., "cpu_ms": []}
+
 Trainer.gradients, Trainer.plain, Trainer.recording, Trainer._loss_sum = _gradients, _plain, _recording, _loss_sum
 Trainer.need, Trainer.nearest, Trainer.fits_or_raise = _need, _nearest, _fits_or_raise
 
@@ -278,19 +283,19 @@ def fit(
     label:str="",        # Shown in the progress line
     stop:int|None=None,  # Stop before this step (to show resuming)
     memory:float|None=None,  # Bytes that a step may need, checked before the first one (default: what the model's GPU has; `math.inf`: all it asks for)
+    record:bool=True,    # On a GPU: as CUDA graphs, where that can be. It helps a slow host, not a card that others share, and holds memory
 )->dict:                 # {"loss": per step, "seconds": training time, "cpu_ms": processor time of each step}
     "Train to the end of the schedule, resuming from `checkpoint` if it exists. A loss that is not finite is an `InputError`."
     config = trainer.config
     brightness = sum(int(part.sum()) for part in trainer.clips.pixels.split(128))         # in parts: a sum of bytes copies them to eight each
     key = content_hash([config.model_dump(), trainer.seed, code_version(), brightness])
-    state = {"key": key, "step": 0, "loss": [], "seconds": 0., "cpu_ms": []}
-    if checkpoint and Path(checkpoint).is_file(): state = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, key)
+    state = _begun(trainer, checkpoint, key)
     trainer.model.train()
     memory = room_for(trainer.model, trainer.optimizer) if memory is None else memory
     if memory is not None and memory < math.inf: trainer.fits_or_raise(memory)
     last, begin = min(stop or config.steps, config.steps), time.perf_counter() - state["seconds"]
     steps = tqdm(range(state["step"], last), initial=state["step"], total=config.steps, desc=label, mininterval=5, leave=False)
-    with trainer.recording():
+    with trainer.recording() if record else nullcontext():
         for n in steps:
             before, loss = time.process_time(), trainer.step(n)
             state["cpu_ms"].append(round(1000*(time.process_time() - before), 2))

@@ -5,7 +5,7 @@
 #   scripts/gpu.sh check SECONDS           all of it, small: what breaks, how fast, how much memory
 #   scripts/gpu.sh start SECONDS [STEP..]  begin STEPs (default: sizes base runs) in a session of their own, which goes on between calls, from a copy in /tmp
 #   scripts/gpu.sh wait SECONDS            show how far they are, until they end or SECONDS are over, and bring home what there is
-# A lease that goes on with an earlier one carries its base, and what was done (artifacts/gpu/queue) in the call that says `start`.
+# A lease that goes on with an earlier one carries its base (CARRIED=1: `base` waits for the parts, base.sum last), and what was done (artifacts/gpu/queue) in the call that says `start`.
 # Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds; WAYS="WAY WAY": these ways to step); `quiet`, the same with
 # the machine to itself; `sizes`, bases of other sizes, beside `base` too;
 # `base`, corpus and base model; `tune`, learning rates; `runs`, the queue (ONLY="RUN RUN": these runs). SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml, in every step (`scripts/gpu.py collect` at home wants the same as --set).
@@ -57,7 +57,9 @@ bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --d
 base() {
   export CUDA_VISIBLE_DEVICES=0
   (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
-  if [ -d $kept/carried ]; then (cd $kept/carried; sha256sum --quiet -c base.sum); mkdir -p artifacts/gpu/base; cat $kept/carried/base.[0-9]* | tar x -C artifacts/gpu/base
+  if [ -n "${CARRIED:-}" ]; then
+    until [ -f $kept/carried/base.sum ]; do sleep 1; done
+    (cd $kept/carried; sha256sum --quiet -c base.sum); mkdir -p artifacts/gpu/base; cat $kept/carried/base.[0-9]* | tar x -C artifacts/gpu/base
   else gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96; fi
   wait $made
   unset CUDA_VISIBLE_DEVICES
