@@ -7,8 +7,9 @@ from bitsandbytes.functional import dequantize_4bit
 
 from mmqlora import train
 from mmqlora.core import repo_path
-from mmqlora.lean import dense_weight, lean
+from mmqlora.lean import LEAN, ON_GPU, dense_weight, lean
 from mmqlora.lifecycle import merge
+from mmqlora.model import base_of, mixed_precision
 from mmqlora.predict import score_captions, score_galleries, write_captions
 from mmqlora.ranks import storage_bytes
 
@@ -29,6 +30,28 @@ def test_training_takes_the_same_road(training, short, monkeypatch, change):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     wanted, got = (dict(t.model.named_parameters()) for t in (stock, ours))
     assert list(wanted) == list(got)                                   # the same names in files
+
+
+@pytest.mark.parametrize("change", [{}, {"method": "lora"}, {"gate": "rank", "gate_lr": 5.}, {"gate": "gradient"}, {"gate": "input", "gate_lr": 5.}, {"ranks": {"text": 4}}, {"allocation": "prune", "budget_rank": 2}])
+def test_the_parts_for_a_gpu_take_the_same_road_under_autocast(training, short, monkeypatch, change):
+    for kind in {*LEAN} - {*ON_GPU}: monkeypatch.delitem(LEAN, kind)
+    for kind, mixin in ON_GPU.items(): monkeypatch.setitem(LEAN, kind, mixin)
+    stock, ours = (trainer(training, short.model_copy(update=change), monkeypatch, how) for how in (lambda m: m, lean))
+    for t in (stock, ours): mixed_precision(base_of(t.model), "cpu")
+    losses = [[t.step(n) for n in range(6)] for t in (stock, ours)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[1][-1] < losses[1][0]
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in ours.trained)
+    write_captions(ours.model, ours.tokenizer, training[0][:2])
+
+
+def test_what_the_parts_for_a_gpu_are_expected_to_need_can_be_imagined(training, short, monkeypatch):
+    "The check before training, with 16-bit copies of what is frozen."
+    for kind, mixin in ON_GPU.items(): monkeypatch.setitem(LEAN, kind, mixin)
+    t = trainer(training, short, monkeypatch, lean)
+    mixed_precision(base_of(t.model), "cpu")
+    t.step(0)
+    frames = t.clips.pixels.shape[1]
+    assert 0 < t.need(1, frames) < t.need(4, frames)
 
 
 def test_evaluation_computes_in_the_precision_of_training(training, short, monkeypatch):
