@@ -45,7 +45,7 @@ class _Frozen4bit:
     def forward(self, x):
         if "dense" not in self.__dict__: return super().forward(x)
         kind = narrow(x)
-        return F.linear(x.to(kind), dense_weight(self, kind), None if self.bias is None else self.bias.to(kind))
+        return F.linear(x.to(kind), dense_weight(self, kind), None if self.bias is None else self.bias.to(kind)).to(x.dtype)
 
 # %% ../nbs/08f_lean.ipynb #e68b0b62
 def _low(ax, gates, ranks, shape):
@@ -53,6 +53,13 @@ def _low(ax, gates, ranks, shape):
     if all(g is None for g in gates): return ax
     parts = [a if g is None else (a.reshape(*shape[:-1], r)*g).flatten(0, -2) for a, g, r in zip(ax.split(ranks, 1), gates, ranks)]
     return torch.cat(parts, 1)
+
+def _adapted(linear, x, low, B, scale:float, kind:torch.dtype):
+    "x W' + b + scale low B, added up as `kind`: in 16 bits the first small updates would be lost."
+    w, b = dense_weight(linear, x.dtype).t(), linear.bias
+    if kind == x.dtype: return (x @ w if b is None else torch.addmm(b.to(kind), x, w)).addmm_(low, B, alpha=scale)
+    y = torch.mm(x, w, out_dtype=kind) if x.is_cuda else (x @ w).to(kind)
+    return (y if b is None else y.add_(b)).add_(low @ B, alpha=scale)
 
 class Projection(torch.autograd.Function):
     "Frozen linears of one input x with their adapters; `parts` are (linear, scale), tensors all A, then all B, then all gates (or None)."
@@ -65,9 +72,8 @@ class Projection(torch.autograd.Function):
         ax = flat @ A.t()
         low = _low(ax, gates, ctx.ranks, x.shape)
         for (linear, scale), B, r in zip(parts, Bs, ctx.ranks):
-            w = dense_weight(linear, kind)
-            y = flat @ w.t() if linear.bias is None else torch.addmm(linear.bias.to(kind), flat, w.t())
-            outs.append(y.addmm_(low[:, at:at + r], B.t(), alpha=scale).view(*x.shape[:-1], -1))
+            y = _adapted(linear, flat, low[:, at:at + r], B.t(), scale, x.dtype if isinstance(linear, bnb.nn.Linear4bit) else kind)
+            outs.append(y.view(*x.shape[:-1], -1))
             at += r
         ctx.save_for_backward(flat, ax, A, *Bs, *gates)
         return tuple(outs)
@@ -84,7 +90,7 @@ def _backward(ctx, *dys):
     Bs, gates, dlows, dBs, dx = rest[:n], rest[n:], [], [], None
     lows = _low(ax, gates, ctx.ranks, ctx.shape).split(ctx.ranks, 1)
     for (linear, scale), B, low, dy in zip(ctx.parts, Bs, lows, dys):
-        dy = dy.flatten(0, -2)
+        dy = dy.flatten(0, -2).to(flat.dtype)
         dlows.append(_product(dy, B, scale))
         dBs.append(_product(dy.t(), low, scale, ctx.trained) if dy.is_cuda else _product(low.t(), dy, scale).t())       # on a core this way around two to three times faster
         if ctx.needs_input_grad[0]: dx = dy @ dense_weight(linear, dy.dtype) if dx is None else dx.addmm_(dy, dense_weight(linear, dy.dtype))
@@ -194,7 +200,7 @@ class _Mlp:
 
 def _attend(q, k, v, attn_mask, **how):
     groups, attention = q.shape[1]//k.shape[1], F.scaled_dot_product_attention
-    if groups == 1 or attn_mask is None or not q.is_cuda: return attention(q, k, v, attn_mask, enable_gqa=groups > 1, **how)
+    if groups == 1 or attn_mask is None or q.device.type == "cpu": return attention(q, k, v, attn_mask, enable_gqa=groups > 1, **how)
     if q.shape[2] > 1: return attention(q, repeat_kv(k, groups), repeat_kv(v, groups), attn_mask, **how)                 # no fast kernel of a GPU takes a mask and groups
     return attention(q.reshape(len(q), -1, groups, q.shape[3]), k, v, attn_mask, **how).view_as(q)
 
@@ -208,7 +214,7 @@ class _Attention:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         cos, sin = position_embeddings[0][:, :, None], position_embeddings[1][:, :, None, :self.head_dim//2]
         q, k = Rotation.apply(q.to(cos.dtype), cos[:, -n:], sin[:, -n:]), Rotation.apply(k.to(cos.dtype), cos, sin)
-        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.to(narrow(x)).transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
         if attention_mask is not None: mask = attention_mask[:, :, -n:]
         else: mask = x.new_ones(n, k.shape[2], dtype=torch.bool).tril(k.shape[2] - n) if 1 < n < k.shape[2] else None
