@@ -9,15 +9,15 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'DECIDED',
            'WORDS', 'BESIDE', 'SHOWN', 'EASED', 'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES',
            'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Compared', 'Evidence', 'load_gpu', 'load_lease',
-           'base_of', 'leases_before', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text', 'run_name',
-           'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions', 'expected', 'outcome',
-           'survives', 'unmade', 'outcomes', 'verdict', 'metric_macros', 'cost_macros', 'mark_of', 'told',
-           'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros', 'damaged', 'ood_parts',
-           'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros', 'processor_macros',
-           'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'planner_paces', 'gate_macros',
-           'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again', 'left_open', 'again_macros',
-           'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged', 'macros',
-           'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
+           'base_hash_of', 'leases_before', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text',
+           'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions',
+           'expected', 'outcome', 'survives', 'unmade', 'outcomes', 'verdict', 'metric_macros', 'cost_macros',
+           'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros',
+           'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros',
+           'processor_macros', 'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'planner_paces',
+           'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again', 'left_open',
+           'again_macros', 'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged',
+           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
            'baselines_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'extended_table',
            'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table',
            'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
@@ -191,20 +191,20 @@ def _whole(record:dict, run:str, where:str) -> dict:
     if record["config_hash"] != content_hash(record["config"]): raise InputError(where, "its hash is not that of its settings")
     return record
 
-ORDINALS = tuple("first second third fourth fifth sixth".split())
+ORDINALS = tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split())
 LEASES = ORDINALS[:3]                                 # leases of the tier gpu that are kept as results/gpu-<name>
 
 def load_lease(folder) -> dict:
     "run -> result record of an earlier lease, each checked within itself: its base and its rates are not those of `load_gpu`. Never compare records of two leases."
     return _ordered({p.stem: _whole(read_json(p), p.stem, f"{folder}/{p.name}") for p in sorted(repo_path(folder).glob("*.json"))})
 
-def base_of(records:dict) -> str|None:
+def base_hash_of(records:dict) -> str|None:
     "Hash of the base model of a lease's records, by which leases are told apart; None without records."
     return next((record.get("base") for record in records.values()), None)
 
 def leases_before(leases:dict, gpu:dict) -> dict:
     "Of `leases` {name: records} those before that of the records `gpu`: what has their base model is a copy of them."
-    return {name: records for name, records in leases.items() if records and base_of(records) != base_of(gpu)}
+    return {name: records for name, records in leases.items() if records and base_hash_of(records) != base_hash_of(gpu)}
 
 # %% ../nbs/14a_report.ipynb #a43ea011
 def load_evidence(tier:str, frames="artifacts/frames", base="models/base", tune="results/tune.json", efficiency="results/efficiency.json", cpu="results/benchmarks/cpu.json", joined="results/benchmarks/merged.json", gpu_tune="results/gpu-tune.json") -> Evidence:
@@ -748,7 +748,7 @@ def left_open(e:Evidence) -> str:
     return "; ".join(f"{name} {', '.join(leases)}" for name, leases in found.items()) or "nothing"
 
 # %% ../nbs/14a_report.ipynb #e1a7c3e4
-WORDS = "no one two three four five six".split()
+WORDS = "no one two three four five six seven eight nine ten eleven".split()
 
 def again_macros(e:Evidence) -> dict:
     """again.distinct: comparisons that the tier gpu decided and an earlier lease had made too; again.<n, same, sure>: in how many instances, of these with the same sign, and with an interval that excludes 0.
@@ -767,7 +767,7 @@ def again_macros(e:Evidence) -> dict:
 # %% ../nbs/14a_report.ipynb #e1a7c3d7
 def tuned_in(e:Evidence) -> str:
     "The lease whose base model the rates of the tier gpu were tried on, as the text calls it."
-    leases = {base_of(e.gpu): "the same lease"} | {base_of(records): f"the {name} lease" for name, records in e.before.items()}
+    leases = {base_hash_of(e.gpu): "the same lease"} | {base_hash_of(records): f"the {name} lease" for name, records in e.before.items()}
     return leases.get((e.gpu_tune or {}).get("base_hash", ""), "another lease")
 
 def thin(e:Evidence) -> str:

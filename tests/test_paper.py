@@ -7,7 +7,7 @@ from conftest import ROOT
 from scipy.stats import spearmanr
 
 from mmqlora.core import read_json
-from mmqlora.report import LEARNED, LEASES, SHOWN, WORDS, base_of, by_corruption, check_keys, diverged, leases_before, load_lease
+from mmqlora.report import LEARNED, LEASES, SHOWN, WORDS, base_hash_of, by_corruption, check_keys, diverged, leases_before, load_lease
 
 PAPER = ROOT/"paper"
 SECTIONS = sorted((PAPER/"sections").glob("*.tex"))
@@ -165,7 +165,7 @@ def test_the_text_counts_the_leases_that_are_there(words, leases):
 
 
 def test_the_text_names_the_lease_that_chose_the_rates(words, leases):
-    of = {base_of(load_lease("results/gpu")): "the same lease"} | {base_of(records): f"the {name} lease" for name, records in leases.items()}
+    of = {base_hash_of(load_lease("results/gpu")): "the same lease"} | {base_of(records): f"the {name} lease" for name, records in leases.items()}
     assert of[read_json(ROOT/"results/gpu-tune.json")["base_hash"]] == words["gpu.tuned"]
 
 
