@@ -165,7 +165,7 @@ def test_the_text_counts_the_leases_that_are_there(words, leases):
 
 
 def test_the_text_names_the_lease_that_chose_the_rates(words, leases):
-    of = {base_hash_of(load_lease("results/gpu")): "the same lease"} | {base_of(records): f"the {name} lease" for name, records in leases.items()}
+    of = {base_hash_of(load_lease("results/gpu")): "the same lease"} | {base_hash_of(records): f"the {name} lease" for name, records in leases.items()}
     assert of[read_json(ROOT/"results/gpu-tune.json")["base_hash"]] == words["gpu.tuned"]
 
 
