@@ -82,6 +82,13 @@ def bench(params, args):
     lease(repo_path(HERE, "efficiency.json"), args.deadline - time.time(), args.commit, todo=[c for c in todo if not args.only or c["way"] in args.only])
 
 
+def pulse(params, args):
+    "Steps of large models that wait for the host, until the deadline, on a machine that has nothing else to do."
+    from mmqlora.benchmark import pulse_cells
+    from mmqlora.overhead import lease
+    lease(repo_path(HERE, "pulse.json"), args.deadline - time.time(), args.commit, todo=pulse_cells())
+
+
 def _one_size(config, out, commit, file, *rest):
     import numpy as np
     from mmqlora.pretrain import pretrain_on
@@ -108,14 +115,14 @@ def _packed(out, paths):
 
 def pack(params, args):
     "Everything that must come home: finished jobs and what they were made with, and bases of other sizes."
-    here = [repo_path(HERE, p) for p in ("tune.json", "efficiency.json", "corpus/records.jsonl", "base/log.json", "base/config.json")]
+    here = [repo_path(HERE, p) for p in ("tune.json", "efficiency.json", "pulse.json", "corpus/records.jsonl", "base/log.json", "base/config.json")]
     done = [p for kind in ("json", "error", "txt") for p in repo_path(HERE, "queue").glob(f"[!.]*.{kind}")]      # a dot: just being written
     _packed(Path(args.out)/"gpu.tar.gz", [p for p in here if p.is_file()] + sorted(done))
     found = [repo_path("models", n) for n in params.pretrain.sizes if repo_path("models", n, "README.md").is_file()]
     if found: _packed(Path(args.out)/"sizes.tar.gz", found)
 
 
-STEPS = dict(corpus=corpus, base=base, bench=bench, sizes=sizes, tune=tune, runs=runs, collect=collect, pack=pack)
+STEPS = dict(corpus=corpus, base=base, bench=bench, pulse=pulse, sizes=sizes, tune=tune, runs=runs, collect=collect, pack=pack)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -7,7 +7,7 @@
 #   scripts/gpu.sh wait SECONDS            show how far they are, until they end or SECONDS are over, and bring home what there is
 # A lease that goes on with an earlier one carries its base (CARRIED=1: `base` waits for the parts, base.sum last), and what was done (artifacts/gpu/queue) in the call that says `start`.
 # Steps: `bench`, the low-memory step, on the last card while `base` has the first (BENCH seconds; WAYS="WAY WAY": these ways to step); `quiet`, the same with
-# the machine to itself; `sizes`, bases of other sizes, beside `base` too;
+# the machine to itself; `pulse`, at the end, what `benchmark.pulse_cells` lists, alone too (PULSE seconds, which `runs` leaves it); `sizes`, bases of other sizes, beside `base` too;
 # `base`, corpus and base model; `tune`, learning rates; `runs`, the queue (ONLY="RUN RUN": these runs). SETS="KEY=VALUE KEY=VALUE": with changes to params.yaml, in every step (`scripts/gpu.py collect` at home wants the same as --set).
 # They end SECONDS after `start`, `quiet` included. A second start goes on with what is missing.
 # What comes home lies in $OUT: logs, gpu.tar.gz, sizes.tar.gz, and the base, three parts of 15 MB a call.
@@ -51,6 +51,11 @@ share() {   # many small kernels of many processes at a time on a card, instead 
 
 sizes() { (share; sleep ${WAIT:-50}; export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu sizes --workers ${SMALL_RENDER:-10}) > /dev/null & }
 
+pulse() {
+  [ ! -e $kept/mps/control ] || echo quit | CUDA_MPS_PIPE_DIRECTORY=$kept/mps nvidia-cuda-mps-control || true
+  (unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; CUDA_VISIBLE_DEVICES=0 gpu pulse --deadline $deadline) || true
+}
+
 quiet() { CUDA_VISIBLE_DEVICES=0 gpu bench --deadline $((begin + ${BENCH:-280})) ${WAYS:+--only $WAYS} || true; }      # the queue goes on
 bench() { (export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu bench --deadline $((begin + ${BENCH:-280})) ${WAYS:+--only $WAYS}) > /dev/null & }
 
@@ -69,7 +74,8 @@ tune() { share; gpu tune --deadline $deadline; }
 
 runs() {
   share
-  for attempt in 1 2; do gpu runs --deadline $deadline ${ONLY:+--only $ONLY}; done      # what failed, once more: it may have been memory
+  local until=$((deadline - ${PULSE:-0}))
+  for attempt in 1 2; do [ $(date +%s) -ge $until ] || gpu runs --deadline $until ${ONLY:+--only $ONLY}; done      # what failed, once more: it may have been memory
 }
 
 all() {   # in a session of its own: see start
