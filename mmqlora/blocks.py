@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from .recorded import Again
-from .temporal import GateVariant, Layout, slopes, stacked, token_table
+from .temporal import GateVariant, Layout, slopes, stacked, token_table, uncast
 
 # %% ../nbs/09b_blocks.ipynb #379a2191
 def dense(weight:torch.Tensor, dtype=None) -> torch.Tensor:
@@ -134,7 +134,7 @@ def fused(formula):
 def rms_norm(h, w, eps:float):
     "RMS norm (arXiv:1910.07467) over the last dimension."
     x = h.float()
-    return w*(x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
+    return w.to(h.dtype)*(x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
 
 @fused
 def rms_norm_grad(dn, h, w, eps:float, around):
@@ -743,7 +743,7 @@ def fuse_layer(layer:nn.Module, plan:Plan):
             return stock(hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
                          position_embeddings=position_embeddings, **more)
         _spans(plan, hidden_states, None if plan.packed else attention_mask)
-        return run_layer(halves, hidden_states, *position_embeddings)
+        with uncast(hidden_states) as h: return run_layer(halves, h, *position_embeddings)
     layer.forward = MethodType(forward, layer)
 
 # %% ../nbs/09b_blocks.ipynb #5e3925b6

@@ -22,7 +22,7 @@ from .batch import ClipSet, caption_ids, collate
 from .config import CHANNELS, RunConfig
 from .core import repo_path, seed_for
 from .cost import optimizer_bytes
-from .lean import lean
+from .lean import copies_of, lean
 from .lifecycle import merge
 from .metrics import exact_match
 from .model import load_model
@@ -87,8 +87,7 @@ WAYS = {"stock": lambda model: model, "lean": lean, "lean, no copies": lambda mo
 
 def dense_bytes(model) -> int:
     "Bytes of the dense copies that `lean` keeps."
-    kept = [m.dense[1] for m in model.modules() if m.__dict__.get("dense", (None,))[0] is not None]
-    return sum(t.numel()*t.element_size() for t in kept)
+    return sum(t.numel()*t.element_size() for t in copies_of(model))
 
 def step_costs(config:RunConfig, clips:ClipSet, captions:list[str], steps:int=30) -> dict:
     "Time and bytes of `Trainer.step` by way, and its time over that of plain loops around the stock and around the lean model."

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+from .lean import copies_of
+
 # %% ../nbs/08g_ledger.ipynb #a9f14ca5
 def _register():
     "Formulas for what `torch.utils.flop_counter` does not know."
@@ -211,7 +213,7 @@ def free_memory() -> int | None:
 def room_for(model, optimizer=None) -> int | None:
     "Bytes that a step of `model` may need: what is free, and what it and its optimizer hold already. None unless it is on a GPU."
     slots = [v for slot in optimizer.state.values() for v in slot.values() if torch.is_tensor(v)] if optimizer else []
-    mine = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*held(model), *slots) if t.is_cuda}
+    mine = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*held(model), *copies_of(model), *slots) if t.is_cuda}           # an imagined step makes the copies anew
     return free_memory() + sum(mine.values()) if mine else None
 
 class imagined:

@@ -30,6 +30,7 @@ from .blocks import Group, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, g
 from .core import InputError, atomic_path, content_hash, file_hash
 from .ledger import in_host
 from .model import base_of
+from .temporal import uncast
 
 # %% ../nbs/09c_lowmem.ipynb #6ffe2d58
 def patch(module:nn.Module, make):
@@ -244,7 +245,7 @@ class LinearLoss(torch.autograd.Function):
 def linear_loss(h, head:nn.Linear, targets, block:int|None=None, at_once:int=2048, rows:HeadRows|None=None) -> torch.Tensor:
     "Cross-entropy (R,) of `head(h)` with h (R, C) against targets (R,), never holding more than `at_once` x `block` logits."
     if head.weight.requires_grad or head.bias is not None:
-        return F.cross_entropy(head(h).float(), targets, reduction="none")
+        return F.cross_entropy(F.linear(h, head.weight, head.bias).float(), targets, reduction="none")       # `head` itself may be patched
     return LinearLoss.apply(h, rows or HeadRows(head, block), targets, at_once)
 
 # %% ../nbs/09c_lowmem.ipynb #9041ec52
@@ -357,7 +358,7 @@ def fuse_linear(module:nn.Module):
     def make(stock):
         def forward(x, *args, **kwargs):
             if not (module.training and torch.is_grad_enabled()) or args or kwargs: return stock(x, *args, **kwargs)
-            return LinearFunction.apply(x, group, lin.A, lin.B)
+            with uncast(x) as narrow: return LinearFunction.apply(narrow, group, lin.A, lin.B)
         return forward
     patch(module, make)
 

@@ -22,7 +22,7 @@ from .train import caption_loss
 # %% ../nbs/10_predict.ipynb #01d6df7a
 def clips_at_a_time(model) -> int:
     "Default batch size of prediction: what a CPU's cache, or a GPU's memory, likes."
-    return 500 if next(model.parameters()).is_cuda else 100
+    return 320 if next(model.parameters()).is_cuda else 100
 
 def _batches(model, tokenizer, clips:ClipSet, captions, prompts, signals, batch_size:int, label:str):
     "Yields model inputs for consecutive rows, on the model's device, after setting their frame signals."

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'seen_columns', 'Layout',
-           'token_units', 'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'autocasts', 'from_table',
-           'TokenGates', 'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant', 'static_gate', 'gated_delta',
-           'Gated', 'Told', 'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit', 'TemporalLoraConfig',
-           'temporal_configs', 'FrameState', 'FrameInput', 'entrance', 'gated_layers', 'wire_gates', 'takes_signals',
-           'set_frame_signals', 'standardized']
+           'token_units', 'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'autocasts', 'compute_dtype',
+           'uncast', 'from_table', 'TokenGates', 'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant',
+           'static_gate', 'gated_delta', 'Gated', 'Told', 'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit',
+           'TemporalLoraConfig', 'temporal_configs', 'FrameState', 'FrameInput', 'entrance', 'gated_layers',
+           'wire_gates', 'takes_signals', 'set_frame_signals', 'standardized']
 
 # %% ../nbs/08_temporal.ipynb #d022d897
 import math, re
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -225,6 +226,17 @@ def stacked(rows, sizes=None) -> torch.Tensor: return _Stack.apply(sizes or [len
 def autocasts(x:torch.Tensor) -> bool:
     "Whether autocast is on where x lies; without a device torch answers for CUDA alone, which is right for an imagined tensor."
     return torch.is_autocast_enabled() if x.is_meta else torch.is_autocast_enabled(x.device.type)
+
+def compute_dtype(x:torch.Tensor) -> torch.dtype:
+    "What products with x are computed in: its own type, or autocast's."
+    return torch.get_autocast_dtype("cuda" if x.is_meta else x.device.type) if autocasts(x) else x.dtype
+
+@contextmanager
+def uncast(x:torch.Tensor):
+    "x in the type that autocast computes in, which is off meanwhile: for functions that cast by themselves."
+    if not autocasts(x): yield x; return
+    narrow = x.to(compute_dtype(x))
+    with torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False): yield narrow
 
 def _cached(state, adapter:str, make, x):
     key = make, adapter, torch.is_grad_enabled(), autocasts(x)

@@ -5,9 +5,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
+import mmqlora.lean as lean_room
 from mmqlora import train
+from mmqlora.adapters import adapt
 from mmqlora.core import repo_path
-from mmqlora.lean import LEAN, ON_GPU, dense_weight, lean
+from mmqlora.lean import ON_GPU, dense_weight, lean
 from mmqlora.lifecycle import merge
 from mmqlora.model import base_of, mixed_precision
 from mmqlora.predict import score_captions, score_galleries, write_captions
@@ -32,11 +34,13 @@ def test_training_takes_the_same_road(training, short, monkeypatch, change):
     assert list(wanted) == list(got)                                   # the same names in files
 
 
-@pytest.mark.parametrize("change", [{}, {"method": "lora"}, {"gate": "rank", "gate_lr": 5.}, {"gate": "gradient"}, {"gate": "input", "gate_lr": 5.}, {"ranks": {"text": 4}}, {"allocation": "prune", "budget_rank": 2}])
+def on_gpu(model): return lean(model, parts=ON_GPU)
+
+
+@pytest.mark.parametrize("change", [{}, {"method": "lora"}, {"method": "qdora"}, {"gate": "rank", "gate_lr": 5.}, {"gate": "gradient"}, {"gate": "input", "gate_lr": 5.}, {"ranks": {"text": 4}},
+                                    {"allocation": "prune", "budget_rank": 2}])
 def test_the_parts_for_a_gpu_take_the_same_road_under_autocast(training, short, monkeypatch, change):
-    for kind in {*LEAN} - {*ON_GPU}: monkeypatch.delitem(LEAN, kind)
-    for kind, mixin in ON_GPU.items(): monkeypatch.setitem(LEAN, kind, mixin)
-    stock, ours = (trainer(training, short.model_copy(update=change), monkeypatch, how) for how in (lambda m: m, lean))
+    stock, ours = (trainer(training, short.model_copy(update=change), monkeypatch, how) for how in (lambda m: m, on_gpu))
     for t in (stock, ours): mixed_precision(base_of(t.model), "cpu")
     losses = [[t.step(n) for n in range(6)] for t in (stock, ours)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[1][-1] < losses[1][0]
@@ -44,14 +48,52 @@ def test_the_parts_for_a_gpu_take_the_same_road_under_autocast(training, short, 
     write_captions(ours.model, ours.tokenizer, training[0][:2])
 
 
-def test_what_the_parts_for_a_gpu_are_expected_to_need_can_be_imagined(training, short, monkeypatch):
+@pytest.mark.parametrize("change", [{}, {"method": "qdora"}])
+def test_what_the_parts_for_a_gpu_are_expected_to_need_can_be_imagined(training, short, monkeypatch, change):
     "The check before training, with 16-bit copies of what is frozen."
-    for kind, mixin in ON_GPU.items(): monkeypatch.setitem(LEAN, kind, mixin)
-    t = trainer(training, short, monkeypatch, lean)
+    t = trainer(training, short.model_copy(update=change), monkeypatch, on_gpu)
     mixed_precision(base_of(t.model), "cpu")
     t.step(0)
     frames = t.clips.pixels.shape[1]
     assert 0 < t.need(1, frames) < t.need(4, frames)
+
+
+def logits(model, clips):
+    batch = dict(input_ids=torch.tensor([[1, *[base_of(model).config.image_token_id]*4, 70, 71]]), pixel_values=clips.pixels[:1, :1].float()/255)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): return model.eval()(**batch).logits.float()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_what_was_merged_is_what_the_next_adapter_adds_to(training, short, monkeypatch, method):
+    "Copies for a GPU are of weights in 32 bits too, which peft changes where they lie."
+    t = trainer(training, short.model_copy(update={"method": method, "lr": 3e-2}), monkeypatch, on_gpu)
+    logits(t.model, training[0])                                       # makes copies
+    for n in range(3): t.step(n)
+    plain = t.model.merge_and_unload()
+    wanted = logits(copy.deepcopy(plain), training[0])
+    again = adapt(plain, method, {"vision": 2, "fusion": 2, "text": 2})
+    assert torch.allclose(logits(again, training[0]), wanted, atol=.1, rtol=.05)
+
+
+def test_a_model_that_was_asked_before_can_learn(training, short, monkeypatch):
+    t = trainer(training, short.model_copy(update={"gate": "gradient"}), monkeypatch, on_gpu)
+    with torch.inference_mode(): t.loss(t.batch(0))
+    assert t.step(0) > 0
+
+
+def test_base_weights_that_are_trained_get_their_gradients(training, short, monkeypatch):
+    t = trainer(training, short.model_copy(update={"method": "lora"}), monkeypatch, lean)
+    bases = [m.base_layer for m in t.model.modules() if hasattr(m, "lora_A")]
+    for base in bases: base.weight.requires_grad_()
+    t.loss(t.batch(0)).backward()
+    assert all(base.weight.grad is not None and base.weight.grad.any() for base in bases)
+
+
+def test_copies_are_kept_on_a_gpu_only_while_they_are_small(training, short, monkeypatch):
+    kept = lambda model: sum("dense" in vars(m) for m in model.modules())
+    assert kept(trainer(training, short, monkeypatch, on_gpu).model) and not kept(trainer(training, short, monkeypatch, lambda m: lean(m, False, ON_GPU)).model)
+    monkeypatch.setattr(lean_room, "COPIES", 2**10)
+    assert not kept(trainer(training, short, monkeypatch, on_gpu).model) and kept(trainer(training, short, monkeypatch, lean).model)
 
 
 def test_evaluation_computes_in_the_precision_of_training(training, short, monkeypatch):

@@ -15,7 +15,7 @@ from mmqlora.config import RunConfig
 from mmqlora.core import InputError
 from mmqlora.ledger import expected_peak, in_host, peak_of, room_for
 from mmqlora.lowmem import LEVERS, FeatureCache, linear_loss, low_memory, towers
-from mmqlora.model import linears, new_model, save_model, small_config
+from mmqlora.model import base_of, linears, mixed_precision, new_model, save_model, small_config
 from mmqlora.scenes import vocabulary
 from mmqlora.steps import MasterAdamW, MicroBatches, pack, packed
 from mmqlora.temporal import GATES, TemporalLoraConfig, set_frame_signals, wire_gates
@@ -98,6 +98,15 @@ def test_in_16_bits_ours_is_as_close_to_fp32_as_stock(family):
     stock = distance(gradients(adapted(family, torch.bfloat16), batch)[1], wanted)
     ours = distance(gradients(adapted(family, torch.bfloat16, tuple(LEVERS)), batch)[1], wanted)
     assert ours < 2*stock < .1                                                    # rounding the adapters to 16 bits is part of ours
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_ours_is_as_close_to_fp32_as_stock(family):
+    "Weights in 32 bits, products in 16: `load_model` on a GPU, or `transformers.Trainer` with bf16=True."
+    batch, cast = video_inputs(family), torch.autocast("cpu", torch.bfloat16)
+    _, wanted = gradients(adapted(family), batch)
+    stock, ours = (distance(gradients(model, batch, cast)[1], wanted) for model in (adapted(family), adapted(family, levers=tuple(LEVERS))))
+    assert ours < 2*stock < .2
 
 
 def test_it_holds_less_than_stock_and_evaluates_as_before():
@@ -332,7 +341,7 @@ def small_run(tmp_path_factory):
     captions = ["first the red disc hops , and then the blue bar expands .", "the red disc hops ."]*8
 
     def trainer(change=lambda model: None, **more):
-        config = RunConfig(method="qlora", ranks={"text": 4}, steps=4, batch_size=8, warmup=1, lr=1e-2, **more)
+        config = RunConfig(**{**dict(method="qlora", ranks={"text": 4}, steps=4, batch_size=8, warmup=1, lr=1e-2), **more})
         model, _ = build_run(folder, config, device="cpu")
         change(model)
         return Trainer(model, tokenizer, clips, captions, config)
@@ -369,6 +378,18 @@ def test_a_step_of_an_int8_model_is_imagined_before_its_first_step_and_after(sma
 @pytest.mark.parametrize("gate", ["none", "rank"])
 def test_our_trainer_trains_a_model_after_low_memory_as_before(small_run, gate):
     plain, ours = fit(small_run(gate=gate)), fit(small_run(low_memory, gate=gate))
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("gate", ["none", "rank", "gradient"])
+def test_our_trainer_trains_a_model_after_low_memory_under_autocast(small_run, gate):
+    def change(model): mixed_precision(base_of(model), "cpu"); low_memory(model)
+    plain, ours = fit(small_run(gate=gate)), fit(small_run(change, gate=gate))
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=2e-2)
+
+
+def test_full_fine_tuning_after_low_memory_is_the_same(small_run):
+    plain, ours = (fit(small_run(change, method="full", lr=1e-3)) for change in (lambda model: None, low_memory))
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-3)
 
 
