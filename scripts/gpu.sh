@@ -51,8 +51,11 @@ share() {   # many small kernels of many processes at a time on a card, instead 
 
 sizes() { (share; sleep ${WAIT:-50}; export CUDA_VISIBLE_DEVICES=$((cards ? cards - 1 : 0)); gpu sizes --workers ${SMALL_RENDER:-10}) > /dev/null & }
 
+ended() { while [ $(jobs -rp | wc -l) -gt 1 ] && [ $(date +%s) -lt $deadline ]; do sleep 1; done; }      # what runs beside the steps, but `watch`
+
 pulse() {
-  [ ! -e $kept/mps/control ] || echo quit | CUDA_MPS_PIPE_DIRECTORY=$kept/mps nvidia-cuda-mps-control || true
+  ended
+  [ ! -e $kept/mps/control ] || echo quit | CUDA_MPS_PIPE_DIRECTORY=$kept/mps timeout 20 nvidia-cuda-mps-control || true
   (unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; CUDA_VISIBLE_DEVICES=0 gpu pulse --deadline $deadline) || true
 }
 
@@ -63,8 +66,8 @@ base() {
   export CUDA_VISIBLE_DEVICES=0
   (sleep ${WAIT:-50}; gpu corpus --workers ${RENDER:-14}) > /dev/null & local made=$!
   if [ -n "${CARRIED:-}" ]; then
-    until [ -f $kept/carried/base.sum ]; do sleep 1; done
-    (cd $kept/carried; sha256sum --quiet -c base.sum); mkdir -p artifacts/gpu/base; cat $kept/carried/base.[0-9]* | tar x -C artifacts/gpu/base
+    until (cd $kept/carried && sha256sum --quiet -c base.sum) > /dev/null 2>&1 || [ $(date +%s) -ge $deadline ]; do sleep 1; done
+    mkdir -p artifacts/gpu/base; cat $kept/carried/base.[0-9]* | tar x -C artifacts/gpu/base
   else gpu base || [ -f artifacts/gpu/base/model.safetensors ] || gpu base --set gpu.compile=false --set gpu.batch_size=96; fi
   wait $made
   unset CUDA_VISIBLE_DEVICES
@@ -82,7 +85,7 @@ all() {   # in a session of its own: see start
   deadline=$1; shift; watch; seen=$!
   trap 'touch $kept/finished; kill $seen 2> /dev/null || true' EXIT
   for each in "$@"; do echo "== $each, $(($(date +%s) - begin)) s"; $each; done
-  while [ $(jobs -rp | wc -l) -gt 1 ] && [ $(date +%s) -lt $deadline ]; do sleep 1; done   # the sizes
+  ended
 }
 
 start() {
@@ -97,7 +100,7 @@ start() {
 
 shown() {
   local there=artifacts/gpu/queue all=0
-  echo "$(date +%T) $(tail -n 1 $(ls -t $kept/out/{base,bench,sizes,corpus}-*.log 2> /dev/null | head -1) 2> /dev/null | cut -c1-150)"
+  echo "$(date +%T) $(tail -n 1 $(ls -t $kept/out/{base,bench,sizes,corpus,tune,pulse}-*.log 2> /dev/null | head -1) 2> /dev/null | cut -c1-150)"
   [ -f $there/todo.txt ] || return 0
   local made=$(find $there -name '*.json' | wc -l) late=$(find $there -name '*.json' -mmin -2 | wc -l) left=0
   for key in $(cat $there/todo.txt); do [ -f $there/$key.json ] || left=$((left + 1)); done

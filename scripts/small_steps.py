@@ -15,7 +15,7 @@ import torch
 from mmqlora import train
 from mmqlora.batch import ClipSet
 from mmqlora.config import load_params, run_config
-from mmqlora.core import read_json, repo_path, result_record, write_json
+from mmqlora.core import InputError, read_json, repo_path, result_record, write_json
 from mmqlora.tier import provenance
 
 CAPTIONS = ["the red disc hops , and then the blue square spins .", "first the red disc hops , and then the blue square spins .", "a disc ."]*32
@@ -28,6 +28,7 @@ def steps(trainer, way:str) -> tuple[list[float], list[float]]:
     "(milliseconds, losses) of ten steps."
     took, loss = [], []
     with trainer.recording() if way in WAYS[2:] else nullcontext():
+        if way in WAYS[2:] and not trainer.recorded: raise InputError(way, "steps of this run cannot be recorded", "--ways stock lean")
         for n in range(10):
             torch.cuda.synchronize()
             begin = time.perf_counter()
