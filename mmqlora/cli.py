@@ -187,7 +187,7 @@ UsageError = typer.BadParameter.__base__                                 # of cl
 def main():
     "Entry point of the `mmqlora` command; ends the process. Words it does not know are one line too, and libraries keep to errors."
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"): os.environ.setdefault(name, "error")
-    try: code = app(standalone_mode=False) or 0
+    try: code = app(prog_name="mmqlora", standalone_mode=False) or 0
     except UsageError as err:
         told, command = err.format_message().removesuffix("."), err.ctx.command_path if err.ctx else "mmqlora"
         if told: complain(f"{told} -- see `{command} --help`")               # without words, the help was all

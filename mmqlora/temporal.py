@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'scale_gradient', 'LAYERS', 'GATES', 'SAVED_TYPE', 'flat_signals', 'unit_features', 'seen_columns', 'Layout',
-           'token_units', 'token_table', 'features', 'gate_values', 'slopes', 'stacked', 'autocasts', 'compute_dtype',
-           'uncast', 'from_table', 'TokenGates', 'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant',
+           'token_units', 'token_table', 'features', 'gate_values', 'slopes', 'autocasts', 'compute_dtype', 'uncast',
+           'stacked', 'from_table', 'TokenGates', 'variant_of', 'GatedUpdate', 'WeighedUpdate', 'GateVariant',
            'static_gate', 'gated_delta', 'Gated', 'Told', 'GatedLinear', 'GatedLinear4bit', 'GatedLinear8bit',
            'TemporalLoraConfig', 'temporal_configs', 'FrameState', 'FrameInput', 'entrance', 'gated_layers',
            'wire_gates', 'takes_signals', 'set_frame_signals', 'standardized']
@@ -209,20 +209,7 @@ def _table(state, adapter:str, variant, values) -> tuple:
     with keep: table = values(units, stacked([m.lora_gate[adapter] for m in layers]), layers)
     return layers, table, (index[:, None] == torch.arange(len(units), device=index.device)).to(table.dtype), index
 
-# %% ../nbs/08_temporal.ipynb #1a926071
-def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
-
-class _Stack(torch.autograd.Function):
-    "`torch.cat` of many small matrices, whose gradient is cut in one operation."
-    @staticmethod
-    def forward(ctx, sizes, *rows):
-        ctx.sizes = sizes
-        return torch.cat(rows)
-    @staticmethod
-    def backward(ctx, d): return None, *d.split(ctx.sizes)
-
-def stacked(rows, sizes=None) -> torch.Tensor: return _Stack.apply(sizes or [len(r) for r in rows], *rows)
-
+# %% ../nbs/08_temporal.ipynb #e67c1ebd
 def autocasts(x:torch.Tensor) -> bool:
     "Whether autocast is on where x lies; without a device torch answers for CUDA alone, which is right for an imagined tensor."
     return torch.is_autocast_enabled() if x.is_meta else torch.is_autocast_enabled(x.device.type)
@@ -237,6 +224,20 @@ def uncast(x:torch.Tensor):
     if not autocasts(x): yield x; return
     narrow = x.to(compute_dtype(x))
     with torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False): yield narrow
+
+# %% ../nbs/08_temporal.ipynb #1a926071
+def _widths(layers, adapter:str) -> list[int]: return [len(m.lora_gate[adapter]) for m in layers]
+
+class _Stack(torch.autograd.Function):
+    "`torch.cat` of many small matrices, whose gradient is cut in one operation."
+    @staticmethod
+    def forward(ctx, sizes, *rows):
+        ctx.sizes = sizes
+        return torch.cat(rows)
+    @staticmethod
+    def backward(ctx, d): return None, *d.split(ctx.sizes)
+
+def stacked(rows, sizes=None) -> torch.Tensor: return _Stack.apply(sizes or [len(r) for r in rows], *rows)
 
 def _cached(state, adapter:str, make, x):
     key = make, adapter, torch.is_grad_enabled(), autocasts(x)
