@@ -54,13 +54,7 @@ class _Frozen4bit:
         dtype = compute_dtype(x)
         return F.linear(x.to(dtype), dense_weight(self, dtype), None if self.bias is None else self.bias.to(dtype)).to(x.dtype)
 
-# %% ../nbs/08f_lean.ipynb #e68b0b62
-def _low(ax, gates, ranks, shape):
-    "A x times the gates, of all linears side by side: (N, sum of ranks)."
-    if all(g is None for g in gates): return ax
-    parts = [a if g is None else (a.reshape(*shape[:-1], r)*g).flatten(0, -2) for a, g, r in zip(ax.split(ranks, 1), gates, ranks)]
-    return torch.cat(parts, 1)
-
+# %% ../nbs/08f_lean.ipynb #1adf077a
 def _wide(a, b, dtype:torch.dtype) -> torch.Tensor:
     "a b in `dtype`, on a GPU without rounding on the way."
     return a @ b if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype) if a.is_cuda else (a @ b).to(dtype)
@@ -71,6 +65,13 @@ def _adapted(linear, x, low, B, scale:float, dtype:torch.dtype) -> torch.Tensor:
     if dtype == x.dtype: return (x @ w if b is None else torch.addmm(b.to(dtype), x, w)).addmm_(low, B, alpha=scale)
     y = _wide(x, w, dtype)
     return (y if b is None else y.add_(b)).add_(low @ B, alpha=scale)
+
+# %% ../nbs/08f_lean.ipynb #e68b0b62
+def _low(ax, gates, ranks, shape):
+    "A x times the gates, of all linears side by side: (N, sum of ranks)."
+    if all(g is None for g in gates): return ax
+    parts = [a if g is None else (a.reshape(*shape[:-1], r)*g).flatten(0, -2) for a, g, r in zip(ax.split(ranks, 1), gates, ranks)]
+    return torch.cat(parts, 1)
 
 class Projection(torch.autograd.Function):
     "Frozen linears of one input x with their adapters; `parts` are (linear, scale), tensors all A, then all B, then all gates (or None)."
