@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 
+from .lean import unseen
 from .ledger import counted, held
 from .ranks import adapter_bytes, storage_bytes, trainable
 
@@ -47,7 +48,7 @@ def step_counts(trainer) -> dict:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    with torch.random.fork_rng(), counted() as c:
+    with torch.random.fork_rng(), unseen(model), counted() as c:
         ours = c.hold([*held(model), moments, *(v for v in batch.values() if torch.is_tensor(v))]).now
         trainer.gradients(batch)
     for p in trainer.trained: p.grad = None

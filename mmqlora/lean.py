@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'LEAN', 'ON_GPU', 'COPIES', 'Copy', 'copies_of', 'dense_weight', 'Projection', 'merged_weight', 'project',
-           'RmsNorm', 'Rotation', 'SwiGlu', 'lean']
+           'RmsNorm', 'Rotation', 'SwiGlu', 'unseen', 'lean']
 
 # %% ../nbs/08f_lean.ipynb #b52d0283
 import hashlib
+from contextlib import contextmanager
 from functools import cache
 
 import bitsandbytes as bnb
@@ -285,6 +286,19 @@ def _seen_by(model) -> dict:
         for name, t in part.state_dict().items(): key.update(name.encode() + t.numpy().tobytes())
     if key.digest() not in _SEEN: _SEEN.clear()
     return _SEEN.setdefault(key.digest(), {})
+
+@contextmanager
+def unseen(model):
+    "While open, the frozen tower of `model` has seen no frame: what a step costs must not depend on what this process did before."
+    inner, kept = base_of(model).model, dict(_SEEN)
+    had = inner.__dict__.pop("seen", None)
+    _SEEN.clear()
+    try: yield
+    finally:
+        _SEEN.clear()
+        _SEEN.update(kept)
+        inner.__dict__.pop("seen", None)
+        if had: inner.seen = had
 
 # %% ../nbs/08f_lean.ipynb #5e1c0c02
 class _Seeing:
