@@ -287,19 +287,6 @@ def _seen_by(model) -> dict:
     if key.digest() not in _SEEN: _SEEN.clear()
     return _SEEN.setdefault(key.digest(), {})
 
-@contextmanager
-def unseen(model):
-    "While open, the frozen tower of `model` has seen no frame: what a step costs must not depend on what this process did before."
-    inner, kept = base_of(model).model, dict(_SEEN)
-    had = inner.__dict__.pop("seen", None)
-    _SEEN.clear()
-    try: yield
-    finally:
-        _SEEN.clear()
-        _SEEN.update(kept)
-        inner.__dict__.pop("seen", None)
-        if had: inner.seen = had
-
 # %% ../nbs/08f_lean.ipynb #5e1c0c02
 class _Seeing:
     "The model without its head."
@@ -331,6 +318,20 @@ class _Seeing:
         if new and len(seen)*made[0].nbytes > ROOM: seen.clear(); return self._tokens(frames, seen)
         seen.update(zip(new, made))
         return torch.stack([seen[k] for k in keys])
+
+# %% ../nbs/08f_lean.ipynb #3f1b89f7
+@contextmanager
+def unseen(model):
+    "While open, the frozen tower of `model` has seen no frame: what a step costs must not depend on what this process did before."
+    kept, seeing = dict(_SEEN), [m for m in model.modules() if isinstance(m, _Seeing)]
+    def forget():
+        _SEEN.clear()
+        for m in seeing: m.__dict__.pop("seen", None)
+    forget()
+    try: yield
+    finally:
+        forget()
+        _SEEN.update(kept)
 
 # %% ../nbs/08f_lean.ipynb #93da7a3f
 LEAN = {bnb.nn.Linear4bit: _Frozen4bit, LoraLayer: _Adapted, LlamaRMSNorm: _Norm, LlamaMLP: _Mlp, LlamaAttention: _Attention,
