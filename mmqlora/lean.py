@@ -18,7 +18,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, repeat_kv
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel, SmolVLMVisionAttention, SmolVLMVisionEmbeddings
 
@@ -216,12 +217,6 @@ class _Mlp:
         g, u = project(x, self.gate_proj, self.up_proj, of=of)
         return project(SwiGlu.apply(g, u), self.down_proj, of=of)[0]
 
-def _attend(q, k, v, attn_mask, **how):
-    groups, attention = q.shape[1]//k.shape[1], F.scaled_dot_product_attention
-    if groups == 1 or attn_mask is None or q.device.type == "cpu": return attention(q, k, v, attn_mask, enable_gqa=groups > 1, **how)
-    if q.shape[2] > 1: return attention(q, repeat_kv(k, groups), repeat_kv(v, groups), attn_mask, **how)                 # no fast kernel of a GPU takes a mask and groups
-    return attention(q.reshape(len(q), -1, groups, q.shape[3]), k, v, attn_mask, **how).reshape(q.shape)
-
 class _Attention:
     keep = 0                                                           # last tokens that matter; 0: all
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
@@ -237,8 +232,8 @@ class _Attention:
         if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
         if attention_mask is not None: mask = attention_mask[:, :, -n:]
         else: mask = x.new_ones(n, k.shape[2], dtype=torch.bool).tril(k.shape[2] - n) if 1 < n < k.shape[2] else None
-        out = _attend(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, scale=self.scaling)
-        return project(out.transpose(1, 2).flatten(2), self.o_proj, of=l)[0], None
+        out, _ = sdpa_attention_forward(self, q, k, v, mask, scaling=self.scaling, is_causal=mask is None)
+        return project(out.flatten(2), self.o_proj, of=l)[0], None
 
 # %% ../nbs/08f_lean.ipynb #2d7e5bf8
 class _Last:

@@ -19,8 +19,6 @@ from mmqlora.core import InputError, read_json, repo_path, result_record, write_
 from mmqlora.tier import provenance
 
 CAPTIONS = ["the red disc hops , and then the blue square spins .", "first the red disc hops , and then the blue square spins .", "a disc ."]*32
-
-
 WAYS = "stock", "lean", "recorded", "again"
 
 
