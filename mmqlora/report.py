@@ -192,7 +192,7 @@ def _whole(record:dict, run:str, where:str) -> dict:
     return record
 
 ORDINALS = tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split())
-LEASES = ORDINALS[:3]                                 # leases of the tier gpu that are kept as results/gpu-<name>
+LEASES = ORDINALS[:4]                                 # leases of the tier gpu that are kept as results/gpu-<name>
 
 def load_lease(folder) -> dict:
     "run -> result record of an earlier lease, each checked within itself: its base and its rates are not those of `load_gpu`. Never compare records of two leases."

@@ -297,6 +297,11 @@ def _seed_result(made:dict, captions:dict) -> dict:
     results = {s: scored(({k: np.array(v, float) for k, v in r["per_clip"].items()}, {}, r["written"]), captions[s]) for s, r in made["results"].items()}
     return made | dict(results=results)
 
+def _made(files:list[dict]) -> dict:
+    "Provenance of a run: that of its first seed, and `by_seed` that of every seed where machines or code took turns."
+    first, *others = [f["about"] for f in files]
+    return first | ({} if all(o == first for o in others) else dict(by_seed={f["seed"]: f["about"] for f in files}))
+
 def collect(params:Params, out="artifacts/gpu/queue") -> tuple[dict, list[str]]:
     "({run: result record}, runs that are not complete) from the files in folder `out`."
     records, profile, made, missing = read_records(repo_path(params.corpus.root)), active_profile(params), {}, []
@@ -308,5 +313,5 @@ def collect(params:Params, out="artifacts/gpu/queue") -> tuple[dict, list[str]]:
         files = [read_json(p) for p in paths if p.is_file()]
         if len(files) < len(paths) or len({f["about"]["base"] for f in files}) > 1: missing.append(run); continue
         record = combine(run, params.profile, config, [_seed_result(f, captions) for f in files], data)
-        made[run] = record | files[0]["about"]
+        made[run] = record | _made(files)
     return made, missing
