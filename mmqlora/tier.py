@@ -239,9 +239,9 @@ def run_queue(params:Params, jobs:list[Job], out="artifacts/gpu/queue", frames="
 SLACK = {"lr": 1.1}                                                                        # a lower rate with at most this times the least loss is taken instead: single seeds diverge at the best one
 
 def read_trials(jobs:list[Job], out="artifacts/gpu/queue") -> list[dict]:
-    "run, seed, field values and mean dev loss of the trials that were done."
-    done = [(j, repo_path(out, f"{j.key}.json")) for j in jobs]
-    return [dict(run=j.run, seed=j.seed, **dict(j.change), loss=float(np.mean(read_json(p)["results"]["dev"]["per_clip"]["loss"]))) for j, p in done if p.is_file()]
+    "run, seed, field values and mean dev loss of the trials that were done, with the commit and the day of each."
+    done = [(j, read_json(p)) for j in jobs if (p := repo_path(out, f"{j.key}.json")).is_file()]
+    return [dict(run=j.run, seed=j.seed, **dict(j.change), loss=float(np.mean(made["results"]["dev"]["per_clip"]["loss"])), **{k: made["about"][k] for k in ("commit", "date")}) for j, made in done]
 
 def _rated_like(params:Params, run:str) -> str:
     "Whose rates those of a tuned run are: its method's, those of all gates, or, where signals are input, its own."
