@@ -10,21 +10,21 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'WORDS', 'BESIDE', 'SHOWN', 'EASED', 'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES',
            'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Compared', 'Evidence', 'load_gpu', 'load_lease',
            'base_hash_of', 'leases_before', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text',
-           'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions',
+           'escape', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions',
            'expected', 'outcome', 'survives', 'unmade', 'outcomes', 'verdict', 'metric_macros', 'cost_macros',
            'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros',
            'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros',
            'processor_macros', 'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'planner_paces',
            'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again', 'left_open',
-           'again_macros', 'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros', 'merged',
-           'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table', 'ranks_table',
-           'baselines_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table', 'extended_table',
-           'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table', 'corpus_table',
-           'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table', 'gatecost_table',
-           'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table', 'tasks_table', 'retention_table',
-           'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections', 'hyper_sections',
-           'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table', 'errors_table',
-           'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
+           'turned', 'again_macros', 'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros',
+           'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table',
+           'ranks_table', 'baselines_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
+           'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table',
+           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
+           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table', 'tasks_table',
+           'retention_table', 'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections',
+           'hyper_sections', 'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table',
+           'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
            'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
@@ -241,9 +241,13 @@ def p_text(p:float) -> str:
     "A p value, in LaTeX."
     return "$<$0.001" if p < .001 else f"{p:.3f}"
 
-def _escape(text:str) -> str: return re.sub(r"([_%&#])", r"\\\1", text)
+_LATEX = {c: rf"\{c}" for c in "_%&#${}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
-def run_name(run:str) -> str: return rf"\texttt{{{_escape(run)}}}"
+def escape(text:str) -> str:
+    "Text as LaTeX prints it; a model may write anything: a diamond stands for what is not printable ASCII."
+    return "".join(_LATEX.get(c, c if c.isascii() and c.isprintable() else r"$\diamond$") for c in text)
+
+def run_name(run:str) -> str: return rf"\texttt{{{escape(run)}}}"
 
 def sign(text:str) -> str:
     "A number in a table: its hyphen becomes a minus sign."
@@ -740,23 +744,30 @@ def again(e:Evidence, decided:bool=True) -> list[dict]:
     return [dict(lease=name, same=there["difference"]*here[key(there)]["difference"] > 0, here=outcome(here[key(there)]), **there) for name, made in e.leased.items() for there in made
             if key(there) in here and able(e.before[name], there["metric"], there["a"], there["b"]) and not (decided and there["diverged"])]
 
+def _by_lease(rows) -> str:
+    "Comparisons, each with what leases say of it, in a sentence."
+    found = {}
+    for r in rows: found.setdefault(_named(r, run_name, r["claim"]), []).append(f"{told(r)} ({r['lease']})")
+    return "; ".join(f"{name} {', '.join(leases)}" for name, leases in found.items()) or "nothing"
+
 def left_open(e:Evidence) -> str:
     "What earlier leases had decided of the comparisons of the tier gpu that are open here, in a sentence."
-    found = {}
-    for r in again(e, decided=False):
-        if r["here"] == "open" and outcome(r) in DECIDED: found.setdefault(_named(r, run_name, r["claim"]), []).append(f"{told(r)} ({r['lease']})")
-    return "; ".join(f"{name} {', '.join(leases)}" for name, leases in found.items()) or "nothing"
+    return _by_lease(r for r in again(e, decided=False) if r["here"] == "open" and outcome(r) in DECIDED)
+
+def turned(e:Evidence) -> str:
+    "What earlier leases say, with the other sign, of the comparisons that the tier gpu decided, in a sentence."
+    return _by_lease(r for r in again(e) if not r["same"])
 
 # %% ../nbs/14a_report.ipynb #e1a7c3e4
 WORDS = "no one two three four five six seven eight nine ten eleven".split()
 
 def again_macros(e:Evidence) -> dict:
     """again.distinct: comparisons that the tier gpu decided and an earlier lease had made too; again.<n, same, sure>: in how many instances, of these with the same sign, and with an interval that excludes 0.
-    again.left: `left_open`; again.leases: how many there are; again.times: with this one; again.anew: the names of those that made the whole tier anew, as the fourth was the first to do.
+    again.left: `left_open`; again.turned: `turned`; again.leases: how many there are; again.times: with this one; again.anew: the names of those that made the whole tier anew, as the fourth was the first to do.
     again.<lease>.<runs, diverged>, again.<lease>.<diff, told>.<a>.<b>.<metric>: of a lease, within itself."""
     rows = again(e)
     out = {"again.n": len(rows), "again.same": sum(r["same"] for r in rows), "again.sure": sum(r["same"] and (r["low"] > 0 or r["high"] < 0) for r in rows),
-           "again.distinct": len({(r["claim"], r["a"], r["b"], r["metric"]) for r in rows}), "again.left": left_open(e)}
+           "again.distinct": len({(r["claim"], r["a"], r["b"], r["metric"]) for r in rows}), "again.left": left_open(e), "again.turned": turned(e)}
     out |= {"again.leases": WORDS[len(e.before)], "again.times": WORDS[len(e.before) + 1], "again.anew": " and a ".join(ORDINALS[3:len(e.before) + 1])}
     for name in LEASES:
         records = e.before.get(name, {})
@@ -1189,7 +1200,7 @@ def tuned(grids:dict, trials:list, records:dict) -> dict:
         for t in trials:
             if t["run"] == run: losses.setdefault(tuple(t[f] for f in grid), []).append(t["loss"])
         tried = {" / ".join(f"{v:g}" for v in values): (number(float(np.mean(found)), decimals("loss")), list(values) == used) for values, found in losses.items()}
-        out[f"{run_name(run)}: {_escape(', '.join(grid))}"] = ", ".join(rf"\textbf{{{v}}} ({x})" if best else f"{v} ({x})" for v, (x, best) in tried.items())
+        out[f"{run_name(run)}: {escape(', '.join(grid))}"] = ", ".join(rf"\textbf{{{v}}} ({x})" if best else f"{v} ({x})" for v, (x, best) in tried.items())
     return out
 
 def gpu_sections(e:Evidence) -> dict:
@@ -1229,7 +1240,7 @@ def provenance_table(e:Evidence) -> str:
     def made(r):
         v, h = r["versions"], r["hardware"]
         machine = h.get("gpu") or f"{h['system']} {h['machine']}, {h['cpus']} CPUs"
-        return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), _escape(machine)
+        return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), escape(machine)
     named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, *e.before.values()) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu), *([("merged", e.joined)] if "versions" in e.joined else [])]
     tiers = {}
     for name, r in named: tiers.setdefault((r.get("tier", ""), made(r)), []).append(name)
@@ -1299,7 +1310,7 @@ def laws_table(fits:dict) -> str:
         flat, r = flatness(fit), fit.record()
         exponents = ", ".join(f"{number(a, 2)} {between(*ci)}" for a, ci in zip(r["a"], r["a_ci95"]))
         change = rf"{sign(number(100*flat['change'], 1))}\,\% {between(*(100*v for v in flat['change_ci95']), 1)}"
-        return [_escape(name), exponents, number(r["E"]), number(r["error"]), number(r["constant_error"]), flat["verdict"], change]
+        return [escape(name), exponents, number(r["E"]), number(r["error"]), number(r["constant_error"]), flat["verdict"], change]
     header = ["Law", r"Exponents, 95\,\% interval", "Floor", "Held-out error", "Of a constant", "Verdict", "Change"]
     return tabular("llrrrll", [header], [row(*each) for each in fits.items()])
 
@@ -1323,7 +1334,7 @@ def examples_table(e:Evidence) -> str:
     "Captions and retrieved clips of the test clips at `PLACES`, first seed: chosen by position, not by quality. Retrieved: the clip of the gallery that scores best for the reference."
     def said(r, run, i):
         best = int(np.array(r["gallery"])[:, i].argmax()) if r.get("gallery") and i < len(r["gallery"]) else None
-        return [run_name(run), r["examples"][i]["prediction"] or "(nothing)", "--" if best is None else str(best)]
+        return [run_name(run), escape(r["examples"][i]["prediction"]) or "(nothing)", "--" if best is None else str(best)]
     def rows(records):
         runs = [r for r in QUOTED if len(records.get(r, {}).get("examples") or []) > max(PLACES)]
         def reference(i): return [str(i), r"\emph{reference}", records[runs[0]]["examples"][i]["reference"], str(i)]

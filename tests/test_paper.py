@@ -60,12 +60,13 @@ AHEAD = [f"diff.{pair}" for pair in ("qlora-cover-k4.qlora-uniform-k4.exact", "q
 NOT_AHEAD = ["diff.qlora-gradient.qlora.exact", "diff.qlora-joint.qlora.exact", "diff.qlora-eva.qlora.exact", "diff.qlora-entropy-ranks.qlora.exact",
              "diff.qlora-k16.qlora.exact", "gpu.diff.qlora-joint.qlora.exact", "gpu.diff.qlora-r64.qlora-r16.exact",
              "gpu.diff.qlora-eva.qlora.exact", "gpu.diff.qlora-entropy-ranks.qlora.exact"]
-OPEN = ["gpu.diff.tqlora.tqlora-scalar.exact", "gpu.diff.tqlora.tqlora-time.exact", "gpu.diff.qdora.qlora.exact", "diff.qlora-large.qlora.exact"]
-UNSETTLED = ["gpu.diff.qlora.lora.exact", "gpu.diff.qlora-gradient.qlora.exact", "gpu.diff.qlora-r16.qlora.exact", "gpu.diff.tqlora.tqlora-scalar.exact", "gpu.diff.qlora.qlora-uniform.exact", "gpu.diff.all-k4.tqlora-cover.exact"]     # over clips and seeds, whatever the registered test says
+OPEN = ["gpu.diff.tqlora.tqlora-time.exact", "gpu.diff.qdora.qlora.exact", "diff.qlora-large.qlora.exact"]
+UNSETTLED = ["gpu.diff.qlora.lora.exact", "gpu.diff.qlora-gradient.qlora.exact", "gpu.diff.qlora-r16.qlora.exact", "gpu.diff.qlora.qlora-uniform.exact", "gpu.diff.all-k4.tqlora-cover.exact"]     # over clips and seeds, whatever the registered test says
 GREATER = [                                           # the first value above the second
     *((f"{t}diff.qlora-cover-k4.qlora-uniform-k4.transient", f"{t}diff.qlora-cover-k4.qlora-uniform-k4.exact") for t in TIERS),
     *((f"{t}diff.tqlora.qlora-uniform-k4.transient", f"{t}diff.tqlora.qlora-uniform-k4.exact") for t in TIERS),
     *((f"{t}tqlora-cover.test.exact", f"{t}qlora-cover-k4.test.exact") for t in TIERS),
+    *((f"{t}diff.tqlora.qlora-uniform-k4.exact", f"{t}diff.tqlora-k2.qlora-uniform-k2.exact") for t in TIERS), ("tqlora.test.exact", "tqlora-scalar.test.exact"),
     *((f"{t}diff.qlora-d1600.qlora-d400.exact", f"{t}diff.qlora.qlora-d1600.exact") for t in TIERS),
     ("diff.qlora.qlora-uniform.exact", "diff.qlora-k4.qlora-uniform-k4.exact"),              # the gain of entropy shrinks with fewer frames ...
     ("gpu.diff.qlora-k4.qlora-uniform-k4.exact", "gpu.diff.qlora.qlora-uniform.exact"),      # ... and grows where half of them were seen
@@ -137,22 +138,25 @@ def test_the_highest_mean_of_the_tier_gpu_is_that_of_all_three_together():
 
 @pytest.mark.parametrize("tier", ["cpu", "gpu"])
 def test_missed_transients_are_the_commonest_error_of_tuned_runs_that_learned(said, tier):
-    "And content errors are rare, but with adapters in the language model alone on the tier gpu."
+    "And captions with content errors are rare, but with adapters in the language model alone on the tier gpu."
     prefix = {"cpu": "", "gpu": "gpu."}[tier]
     for run, r in ((p.stem, read_json(p)) for p in (ROOT/f"results/{tier}").glob("*.json")):
         if min(r["metrics"]["test.exact"]["seeds"]) < LEARNED or f"{prefix}errors.{run}.n" not in said: continue
         n = {kind: said[f"{prefix}errors.{run}.{kind}"] for kind in ("content", "order", "transient", "event")}
         assert max(n, key=n.get) == "transient", run
-        if run in SHOWN and (tier, run) != ("gpu", "qlora-text"): assert n["content"] < .2*sum(n.values()), run
+        if run in SHOWN: assert (n["content"] < .05*said[f"{prefix}errors.{run}.n"]) == ((tier, run) != ("gpu", "qlora-text")), run
 
 
-def test_one_seed_of_the_tier_gpu_diverged_and_the_others_are_told_by_lease(said):
+def test_no_seed_of_the_tier_gpu_diverged_and_those_of_earlier_leases_are_told_by_lease(said):
     lost = {lease: {run for run in (p.stem for p in (ROOT/"results"/lease).glob("*.json")) if diverged(record(lease, run))} for lease in ("gpu", *(f"gpu-{name}" for name in LEASES))}
-    assert lost == {"gpu": {"bottleneck"}, "gpu-first": {"prefix"}, "gpu-second": {"qlora-r16", "qlora-r64", "qlora-gradient"}, "gpu-third": {"qlora-k8"}} and said["gpu.lost"] == 1
+    assert lost == {"gpu": set(), "gpu-first": {"prefix"}, "gpu-second": {"qlora-r16", "qlora-r64", "qlora-gradient"}, "gpu-third": {"qlora-k8"}, "gpu-fourth": {"bottleneck"}} and said["gpu.lost"] == 0
 
 
-def test_earlier_leases_repeat_what_this_one_decides(said):
-    assert said["again.n"] == said["again.same"] > said["again.distinct"] > 20 and said["again.sure"] > .9*said["again.n"]
+def test_earlier_leases_repeat_what_this_one_decides(said, words):
+    "And those of another sign have an interval around zero."
+    assert said["again.n"] > said["again.same"] > said["again.distinct"] > 20 and said["again.sure"] > .85*said["again.n"]
+    intervals = re.findall(r"\[(.*?), (.*?)\]", words["again.turned"].replace("$-$", "-"))
+    assert len(intervals) == said["again.n"] - said["again.same"] and all(float(low) < 0 < float(high) for low, high in intervals)
 
 
 @pytest.mark.parametrize("key, sign", [("first.diff.bottleneck.qlora.exact", 1), ("second.diff.bottleneck.qlora.exact", 1)])
@@ -169,20 +173,22 @@ def test_the_text_names_the_lease_that_chose_the_rates(words, leases):
     assert of[read_json(ROOT/"results/gpu-tune.json")["base_hash"]] == words["gpu.tuned"]
 
 
-def test_the_runs_of_the_tier_gpu_are_of_four_cards(): assert {record["hardware"]["gpus"] for record in load_lease("results/gpu").values()} == {4}
+def test_the_runs_of_the_tier_gpu_are_of_three_machines_of_one_card_or_two():
+    made = [how for record in load_lease("results/gpu").values() for how in record.get("by_seed", {0: record}).values()]
+    assert len({how["commit"] for how in made}) == 3 and {how["hardware"]["gpus"] for how in made} == {1, 2}
 
 
-def test_the_tier_gpu_has_all_of_its_runs_and_more_than_two_seeds_of_each(words, said): assert words["gpu.missing"] == "none" and words["gpu.thin"] == "no claim" and said["gpu.fewest"] > 2
+def test_the_tier_gpu_has_all_of_its_runs_and_all_seeds_of_each(words, said): assert words["gpu.missing"] == "none" and said["gpu.fewest"] == said["gpu.seeds"] == 5
 
 
-@pytest.mark.parametrize("claim", ["C6", "C9", "C11"])
-def test_what_earlier_leases_had_decided_against_is_not_decided_so_here(words, claim): assert words[f"verdict.{claim}.gpu"] != "against"
+@pytest.mark.parametrize("claim, against", [("C6", True), ("C9", False), ("C11", False)])
+def test_what_earlier_leases_had_decided_against_is_decided_so_here_for_rivals_alone(words, claim, against): assert (words[f"verdict.{claim}.gpu"] == "against") == against
 
 
 def test_seeds_of_earlier_leases_diverged_at_the_rates_that_the_text_has():
     def rate(lease, run): return record(lease, run)["config"]["lr"]
     late = [rate("gpu-second", run) for run in ("qlora-r16", "qlora-r64", "qlora-gradient")] + [rate("gpu-third", "qlora-k8")]
-    assert set(late) == {2*rate("gpu", "lora")} and rate("gpu-first", "prefix") == rate("gpu", "prefix")
+    assert set(late) == {2*rate("gpu", "lora")} and rate("gpu-first", "prefix") < rate("gpu", "prefix") and rate("gpu-fourth", "bottleneck") == rate("gpu", "bottleneck")
 
 
 def tried(run, field):
@@ -191,9 +197,9 @@ def tried(run, field):
     return {value: [t["loss"] for t in trials if t[field] == value] for value in sorted({t[field] for t in trials})}
 
 
-def test_the_rate_of_the_run_that_diverged_was_preferred_by_both_seeds_of_its_tuning():
-    found = tried("bottleneck", "lr")
-    assert [min(found, key=lambda v: found[v][seed]) for seed in (0, 1)] == [record("gpu", "bottleneck")["config"]["lr"]]*2
+def test_the_multiple_of_the_gate_is_the_highest_tried_and_twice_that_of_two_earlier_leases():
+    used = {lease: record(lease, "tqlora")["config"]["gate_lr"] for lease in ("gpu", "gpu-first", "gpu-fourth")}
+    assert max(tried("tqlora", "gate_lr")) == used["gpu"] == 2*used["gpu-first"] == 2*used["gpu-fourth"]
 
 
 def test_signals_as_input_have_the_multiple_of_least_loss():
@@ -201,9 +207,9 @@ def test_signals_as_input_have_the_multiple_of_least_loss():
     assert used["gpu"] == min(found, key=found.get) and used["gpu-second"] == 4*used["gpu-fourth"]
 
 
-def test_the_bottleneck_adapters_that_learned_are_above_every_seed_of_qlora():
-    seeds = {run: record("gpu", run)["metrics"]["test.exact"]["seeds"] for run in ("bottleneck", "qlora")}
-    assert sorted(seeds["bottleneck"])[1] > max(seeds["qlora"])
+def test_seeds_of_bottleneck_adapters_fall_into_two_groups_one_among_those_of_qlora():
+    bottleneck, qlora = (sorted(record("gpu", run)["metrics"]["test.exact"]["seeds"]) for run in ("bottleneck", "qlora"))
+    assert qlora[0] < bottleneck[0] and bottleneck[1] < qlora[-1] < bottleneck[2] - .1
 
 
 @pytest.mark.parametrize("more, less", GREATER)
