@@ -16,7 +16,7 @@ import torch
 
 from .adapters import adapt
 from .benchmark import (BIG, KINDS, _dtype, _memory, _sync, build_base, build_model, cells, clean, clip_size, compare_gradients, efficiency, make_batch, measure, name_of,
-                               profiled, set_up, stepper, stir, target_cells)
+                               profiled, set_up, stepper, stir, pulse_cells, target_cells)
 from .core import InputError, repo_path
 from .ledger import peak_of
 from .lifecycle import merge
@@ -232,7 +232,7 @@ def gate_cells() -> list[dict]:
 
 def every_cell() -> list[dict]:
     "All lists, each cell once."
-    lists = (target_cells(), cells(), overhead_cells(), gate_cells(), base_cells())
+    lists = (target_cells(), cells(), overhead_cells(), gate_cells(), base_cells(), [c for c in pulse_cells() if c["kind"] == "step"])
     return list({name_of(c): c for some in lists for c in some}.values())
 
 # %% ../nbs/12ca_overhead.ipynb #23e10a03

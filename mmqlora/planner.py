@@ -14,8 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import transformers
+from scipy.optimize import brentq
 from torch.utils.flop_counter import FlopCounterMode
 
 from .benchmark import ARCHITECTURES, _square, build_model, config_of, make_batch, set_up
@@ -62,6 +64,7 @@ class Prediction:
     moved: int                       # Bytes read and written by operations
     launches: int                    # Kernels
     calls: int                       # Operations that the host dispatches, views too
+    sent: tuple = ()                 # (calls, flops, moved) so far, at every `QUEUE`-th launch
     @property
     def activations(self) -> int: return self.peak - self.resident - self.optimizer
 
@@ -115,7 +118,7 @@ def predict_cost(model, setting:Setting=Setting()) -> Prediction:
         del moments, inputs
         if setting.way == "ours_graphs":                                # the step that records runs without graphs, before there are moments
             peak = max(peak, peak - state + c.pool) + graph_bytes(imagined, batch["input_ids"].numel())
-    return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.pool, c.flops, c.moved, c.launches, c.calls)
+    return Prediction(setting, batch["input_ids"].shape[1], resident, state, peak + WORKSPACE, c.pool, c.flops, c.moved, c.launches, c.calls, tuple(c.sent))
 
 def _imagined(config, setting:Setting):
     if setting.gate == "none": return build_model(config, "meta", rank=setting.rank, quantization=setting.quantization)
@@ -135,19 +138,22 @@ class Calibration:
     call: float = 25e-6              # Seconds the host needs per operation, Python and autograd included, of an H100's
     factor: float = 1.
 
-    def card(self, p) -> float: return p.flops/self.flops + p.moved/self.bytes
-    def seconds(self, p) -> float: return self.factor*(self.card(p)**4 + (p.calls*self.call)**4)**.25      # near the larger one; both equal: 19 % more
+    def seconds(self, p) -> float:
+        "Stretch by stretch what a stream holds, near the larger of card and host; both equal: 19 % more."
+        calls, flops, moved = np.diff([(0, 0, 0), *p.sent, (p.calls, p.flops, p.moved)], axis=0).T
+        return float(self.factor*(((flops/self.flops + moved/self.bytes)**4 + (calls*self.call)**4)**.25).sum())
 
 def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Calibration:
     "The machine on which the step of `p` took `seconds`: what its host needs per operation if the step waited for it, else how far card and host stay behind."
-    host = max(0., (seconds/card.factor)**4 - card.card(p)**4)**.25
-    if host > card.card(p): return replace(card, call=host/p.calls)
+    def late(call): return replace(card, call=call).seconds(p) - seconds
+    waited = seconds > 2**.25*replace(card, call=0.).seconds(p)             # the host's share would be the larger one
+    if waited: return replace(card, call=brentq(late, 0., seconds/card.factor/p.calls))
     return replace(card, factor=card.factor*seconds/card.seconds(p))
 
 # %% ../nbs/12d_planner.ipynb #e5e77235
 def _row(name:str, cell:dict) -> dict:
     p = predict_cost(cell["model"], Setting(frames=cell["frames"], rank=cell.get("rank", 16), way=cell["way"], gate=cell.get("gate", "none")))
-    return dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, calls=p.calls, transformers=transformers.__version__)
+    return dict(cell=name, tokens=p.tokens, peak=p.peak, flops=p.flops, moved=p.moved, launches=p.launches, calls=p.calls, sent=p.sent, transformers=transformers.__version__)
 
 def compare(cells:dict, known=(), leases=()) -> list[dict]:
     "Predictions for the measured cells of a benchmark record, next to what was measured; `known`: those made before."

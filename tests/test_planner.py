@@ -1,6 +1,7 @@
 "The planner: an imagined step counts what a real one holds, settings that fit are found, what does not fit is said before training."
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -12,7 +13,7 @@ from mmqlora.benchmark import ARCHITECTURES, build_model, config_of, make_batch,
 from mmqlora.cli import app
 from mmqlora.core import InputError, read_json, repo_path
 from mmqlora.ledger import counted, held
-from mmqlora.planner import CANDIDATES, Calibration, Prediction, Setting, calibrate, fits_or_raise, operations, plan, predict_cost, timed
+from mmqlora.planner import CANDIDATES, Calibration, Setting, calibrate, fits_or_raise, operations, plan, predict_cost, timed
 
 SMALL = config_of("qwen2.5-vl-7b", small=True)
 
@@ -113,13 +114,22 @@ def test_where_the_rank_is_free_a_smaller_one_is_chosen_before_the_frames_are_gi
 
 def test_one_calibration_gives_seconds():
     p = predict_cost(SMALL, setting())
-    bound, card = Calibration().seconds(p), Calibration().card(p)
+    bound, card = Calibration().seconds(p), Calibration(call=0.).seconds(p)
     slow = calibrate(p, 2*bound)                                                            # a model this small waits for the host
     assert slow.seconds(p) == pytest.approx(2*bound) and slow.call == pytest.approx(50e-6, rel=.01) and slow.factor == 1
     large = replace(p, flops=10**15)
     late = calibrate(large, 1.5)                                                            # this one for the card
-    assert late.seconds(large) == pytest.approx(1.5) and late.call == 25e-6 and late.factor == pytest.approx(1.5/Calibration().card(large))
+    assert late.seconds(large) == pytest.approx(1.5) and late.call == 25e-6 and late.factor == pytest.approx(1.5/Calibration(call=0.).seconds(large))
     assert card < bound < Calibration(call=50e-6).seconds(p) < 2.01*bound
+
+
+def test_host_and_card_hide_each_other_only_as_far_as_a_stream_holds_launches():
+    step = predict_cost(SMALL, Setting(64, side=168, way="stock"))
+    assert len(step.sent) == step.launches//1024 > 2
+    assert all(a <= b for before, after in zip(step.sent, step.sent[1:]) for a, b in zip(before, after))
+    assert step.sent[-1] <= (step.calls, step.flops, step.moved)
+    host, card, together = (Calibration(flops=f, bytes=b, call=c).seconds(step) for f, b, c in ((1e30, 1e30, 25e-6), (1e12, 1e11, 0.), (1e12, 1e11, 25e-6)))
+    assert max(host, card) < together < host + card
 
 
 def test_the_command_line_plans(tmp_path):
@@ -145,10 +155,10 @@ def test_peaks_on_the_gpu_were_predicted_within_5_percent():
     assert max(map(abs, off.values())) < .05, sorted(off.items(), key=lambda item: -abs(item[1]))[:3]
 
 
-HOST = {"step/qwen2.5-vl-7b/head_host/32", "step/qwen2.5-vl-7b/stock/64", "step/qwen2.5-vl-7b/stock/512"}        # the table of targets says so: `planner, worst time` is not met
+HOST = {"step/qwen2.5-vl-7b/head_host/32", "step/qwen2.5-vl-7b/stock/64"}        # the table of targets says so: `planner, worst time` is not met
 
 
-def test_after_one_calibration_a_lease_the_time_of_steps_is_predicted_within_25_percent_but_for_three_that_wait_for_the_host():
+def test_after_one_calibration_a_lease_the_time_of_steps_is_predicted_within_25_percent_but_for_two_that_wait_for_the_host():
     rows = timed([row for row in MEASURED.values() if row["fast_ms"]])
     off = {row["cell"]: row["predicted_ms"]/row["fast_ms"] - 1 for row in rows if not row["calibrates"]}
     assert len({row["lease"] for row in rows}) == sum(row["calibrates"] for row in rows) >= 4                # no step is without a calibration
@@ -157,7 +167,7 @@ def test_after_one_calibration_a_lease_the_time_of_steps_is_predicted_within_25_
     one = {row["lease"]: row for row in rows if row["calibrates"]}
     for row in (row for row in rows if row["cell"] in HOST):                                # their host needed another time per operation than that of the run that calibrates
         ours, theirs = (r["fast_ms"]/r["calls"] for r in (row, one[row["lease"]]))
-        assert abs(theirs/ours - 1) > .25 and row["calls"]*ours > 2*1000*Calibration().card(Prediction(None, 0, 0, 0, 0, 0, row["flops"], row["moved"], 0, 0))
+        assert abs(theirs/ours - 1) > .25 and row["fast_ms"] > 2*1000*Calibration(call=0.).seconds(SimpleNamespace(**row))
 
 
 def test_at_the_pulse_of_its_host_every_mean_step_is_predicted_within_25_percent_whichever_step_calibrates():
@@ -172,7 +182,7 @@ def test_at_the_pulse_of_its_host_every_mean_step_is_predicted_within_25_percent
 
 
 def test_a_lease_without_a_step_to_calibrate_on_promises_no_time():
-    row = lambda cell, lease: dict(cell=cell, lease=lease, flops=10**10, moved=10**6, calls=500, fast_ms=15.)
+    row = lambda cell, lease: dict(cell=cell, lease=lease, flops=10**10, moved=10**6, calls=500, sent=[], fast_ms=15.)
     rows = timed([row("step/m/stock_labels/32", "a"), row("step/m/ours/32", "a"), row("step/m/ours/32", "b")])
     assert [(r["calibrates"], r["predicted_ms"]) for r in rows] == [(True, 15.), (False, 15.), (False, None)]
 
