@@ -7,7 +7,7 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'GPU_PLAN', 'GPU_ADDED', 'ORDINALS', 'LEASES', 'PLANNED', 'GPU_PLANNED', 'SURVIVES', 'INTERACTIONS',
            'GPU_INTERACTIONS', 'EXTENDED', 'GPU_EXTENDED', 'FAILED', 'LEARNED', 'EXPECTED', 'LEAST', 'LOST', 'IN_SHORT',
            'KEY', 'KEY_OOD', 'DEAD', 'DATA_LAW', 'BITS', 'AXES', 'LOSSES', 'SHORT', 'LEAN', 'GPU_PLANS', 'DECIDED',
-           'WORDS', 'BESIDE', 'SHOWN', 'EASED', 'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES',
+           'WORDS', 'BESIDE', 'SHOWN', 'BESIDES', 'TABLES', 'STEP_TARGETS', 'OTHERS', 'QUOTED', 'PLACES', 'FIGURES',
            'ASKS', 'MADE', 'check_record', 'load_results', 'Files', 'Compared', 'Evidence', 'load_gpu', 'load_lease',
            'base_hash_of', 'leases_before', 'load_evidence', 'decimals', 'number', 'count', 'in_kib', 'p_text',
            'escape', 'run_name', 'sign', 'full_name', 'contrast', 'compare', 'diverged', 'comparisons', 'interactions',
@@ -15,17 +15,17 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'mark_of', 'told', 'diff_macros', 'claims', 'claim_macros', 'key_row', 'verdict_macros', 'more_macros',
            'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros',
            'processor_macros', 'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'planner_paces',
-           'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again', 'left_open',
-           'turned', 'again_macros', 'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros', 'error_macros',
-           'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table', 'gates_table',
-           'ranks_table', 'baselines_table', 'retrieval_table', 'ood_table', 'cost_table', 'significance_table',
-           'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table', 'audit_table',
-           'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table', 'levers_table',
-           'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table', 'tasks_table',
-           'retention_table', 'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned', 'gpu_sections',
-           'hyper_sections', 'hyper_table', 'provenance_table', 'target_rows', 'targets_table', 'laws_table',
-           'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table', 'verdicts_markdown',
-           'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
+           'planner_news', 'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again',
+           'left_open', 'turned', 'again_macros', 'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros',
+           'error_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
+           'gates_table', 'ranks_table', 'baselines_table', 'retrieval_table', 'ood_table', 'cost_table',
+           'significance_table', 'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table',
+           'audit_table', 'corpus_table', 'abilities_table', 'processor_table', 'rates_table', 'efficiency_table',
+           'levers_table', 'gatecost_table', 'methodsteps_table', 'captionrates_table', 'gpu_table', 'again_table',
+           'tasks_table', 'retention_table', 'gpu_beyond_table', 'corruptions_table', 'oodpairs_table', 'tuned',
+           'gpu_sections', 'hyper_sections', 'hyper_table', 'provenance_table', 'target_rows', 'targets_table',
+           'laws_table', 'errors_table', 'kinds_table', 'examples_table', 'all_laws_figure', 'markdown_table',
+           'verdicts_markdown', 'results_markdown', 'fresh_folder', 'macros_tex', 'write_report', 'check_keys']
 
 # %% ../nbs/14a_report.ipynb #caf1e4ef
 import re, shutil, tempfile
@@ -33,6 +33,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from .figures import (BASELINES, BASIC, BIG, FEW, FEWEST, GATES, MEASURES, METHO
                              differing, efficiency_figure, gates_figure, kib, laws_figure, lever_pairs, levers_figure, main_figure, pareto_figure, planner_figure, save_figure,
                              scaling_points, selection_figure, selectors_figure, step_cells, uniform_ranks)
 from .errors import FIRST, KINDS, error_counts, first_errors
-from .leases import fast_ms, is_step, latest, pairs
+from .leases import fast_ms, is_step, latest, pairs, setting_of
 from .leases import lease_of as session_of
 from .metrics import bootstrap_ci
 from .scaling import ScalingFit, flatness, holm, paired_permutation, scaling_fit
@@ -643,6 +644,13 @@ def planner_paces(e:Evidence) -> np.ndarray:
     "Predicted over measured time of the mean step, minus one, where the host's pulse was felt beside each step, but of those that calibrate."
     return np.array([p["paced_ms"]/p["mean_step_ms"] - 1 for p in e.efficiency["predictions"] if p.get("paced_ms") and not p["calibrates"]])
 
+def planner_news(e:Evidence) -> np.ndarray:
+    "Predicted over measured time, minus one, of the fastest and of the mean step (a row each) of settings that only the last lease measured."
+    cells, rows = e.efficiency["cells"], [p for p in e.efficiency["predictions"] if p.get("paced_ms")]
+    known = {setting_of(name, c) for name, c in cells.items() if c.get("lease") != rows[-1]["lease"]} if rows else ()
+    new = [p for p in rows if p["lease"] == rows[-1]["lease"] and setting_of(p["cell"], cells[p["cell"]]) not in known]
+    return np.array([[p[a]/p[b] - 1 for a, b in (("predicted_ms", "fast_ms"), ("paced_ms", "mean_step_ms"))] for p in new])
+
 # %% ../nbs/14a_report.ipynb #a7e4aa49
 def gate_macros(e:Evidence) -> dict:
     "eff.gate.<way>.<gate>: time it adds; eff.gate.memory; eff.two.<way>.<ms, gib> of the small model."
@@ -677,10 +685,10 @@ def _greatest(values, of=np.max) -> str:
     return percent(float(of(abs(values))) if len(values) else None)
 
 def planner_macros(e:Evidence) -> dict:
-    "eff.planner.<n, median, worst>: of peaks; .time.*: of fastest steps; .paced.*: of mean steps at the host's pulse; .stock.*: of fastest steps of stock."
-    errors, late, paced, stock = planner_errors(e), abs(planner_delays(e)), planner_paces(e), planner_delays(e, "/stock")
+    "eff.planner.<n, median, worst>: of peaks; .time.*: of fastest steps; .paced.*: of mean steps at the host's pulse; .new.*: of either, where only the last lease has the setting; .stock.*: of fastest steps of stock."
+    errors, late, paced, stock, new = planner_errors(e), abs(planner_delays(e)), planner_paces(e), planner_delays(e, "/stock"), planner_news(e)
     out = {"eff.planner.n": str(len(errors)), "eff.planner.median": _greatest(errors, np.median), "eff.planner.worst": _greatest(errors)}
-    out |= {"eff.planner.stock.n": str(len(stock)), "eff.planner.stock.worst": _greatest(stock), "eff.planner.paced.n": str(len(paced)), "eff.planner.paced.worst": _greatest(paced)}
+    out |= {"eff.planner.stock.n": str(len(stock)), "eff.planner.stock.worst": _greatest(stock), "eff.planner.paced.n": str(len(paced)), "eff.planner.paced.worst": _greatest(paced), "eff.planner.new.n": str(len(new)), "eff.planner.new.worst": _greatest(new)}
     out["eff.planner.calibrations"] = str(sum(bool(p.get("calibrates")) for p in e.efficiency["predictions"]))
     medians = abs(planner_delays(e, key="measured_ms"))
     return out | {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": _greatest(late), "eff.planner.time.typical": _greatest(late, np.median), "eff.planner.time.medians": str((medians > .25).sum()),
@@ -1084,22 +1092,25 @@ def rates_table(e:Evidence) -> str:
     return tabular("llrrrr", [["Profile", "Run", "Training", "Captions", "Retrieval", "Evaluation"]], [*alone, None, *runs])
 
 # %% ../nbs/14a_report.ipynb #a593abe9
-EASED = ("blocks", "ours_nf4head", "ours_keep", "stock_keep", "tower", "windows", "tower+windows", "adapters", "embeddings", "head_host", "label_loss", "aligned", "tower+aligned", "parts",
-         "tower+parts", "head_stream", "head_nf4", "head_fetch", "blocks+offload", "blocks+keep", "blocks+graphs")
+BESIDES = ("stock", "stock_labels", "ours", "ours_small")        # ways to step that stand beside each other
 
 def _steps(cells, names:dict) -> str:
-    def row(c): return [*(f(c) for f in names.values()), *(["out of memory", "--"] if c.get("oom") else [number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])])]
+    def row(c): return [*(f(c) for f in names.values()), number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])]
     return tabular("l"*len(names) + "rr", [[*names, "Peak GiB", "ms/step"]], [row(c) for c in cells])
 
 def efficiency_table(e:Evidence) -> str:
-    "Peak and time of a step, stock and ours, by model and frames, on the card that measured last."
-    cells = [c for c in step_cells(e.efficiency["cells"], None) if c["way"] not in EASED] + [c for c in latest(e.efficiency["cells"]).values() if c.get("oom")]
+    "Peak and time of a step by model and frames, stock and ours beside each other, on the card that measured last."
     cards = {(c["model"], c["frames"]): c.get("gpu") for c in e.efficiency["cells"].values() if is_step(c)}                # the last one counts
-    beside = {c["model"] for c in _of_kind(e, "liger")}                                                                   # whose steps are in `methodsteps_table`
-    cells = [c for c in cells if c["model"] not in beside and c.get("gpu") == cards.get((c["model"], c["frames"]), c.get("gpu"))]
-    cells = sorted(cells, key=lambda c: (c["model"] != BIG, c["model"], c["frames"], not c["way"].startswith("stock"), -c.get("peak_bytes", 0)))
-    return _steps(cells, {"Model": lambda c: c["model"], "Frames": lambda c: str(c["frames"]), "Tokens": lambda c: count(c["tokens"]) if "tokens" in c else "--", "Step": lambda c: run_name(c["way"]),
-                          "Card": lambda c: str(c.get("gpu")).split()[1] if len(str(c.get("gpu")).split()) > 1 else "--"})
+    beside, found = {c["model"] for c in _of_kind(e, "liger")}, {}                                                         # whose steps are in `methodsteps_table`
+    for c in step_cells(e.efficiency["cells"], None):
+        key = c["model"], c["frames"]
+        if c["way"] in BESIDES and c["model"] not in beside and c.get("gpu") == cards[key]: found.setdefault(key, {})[c["way"]] = c
+    def pair(c): return [number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])] if c else ["--", "--"]
+    def rows(model): return [[str(n), *chain.from_iterable(pair(found[m, n].get(w)) for w in BESIDES)] for m, n in sorted(found) if m == model]
+    def part(model): return [None, [rf"\multicolumn{{{2*len(BESIDES) + 1}}}{{@{{}}l@{{}}}}{{{model}}}"], *rows(model)]
+    over = " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{run_name(w)}}}" for w in BESIDES)]) + r" \\" + "".join(rf"\cmidrule(lr){{{k}-{k + 1}}}" for k in range(2, 2*len(BESIDES) + 2, 2))
+    models = sorted({m for m, _ in found}, key=lambda m: (m != BIG, m))
+    return tabular("r"*(2*len(BESIDES) + 1), [over, ["Frames", *["GiB", "ms"]*len(BESIDES)]], [line for m in models for line in part(m)][1:])
 
 def levers_table(e:Evidence) -> str:
     "Each lever of the low-memory step by itself, on the large model at 32 frames, between the stock step and all together."

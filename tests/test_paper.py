@@ -188,7 +188,7 @@ def test_what_earlier_leases_had_decided_against_is_decided_so_here_for_rivals_a
 def test_seeds_of_earlier_leases_diverged_at_the_rates_that_the_text_has():
     def rate(lease, run): return record(lease, run)["config"]["lr"]
     late = [rate("gpu-second", run) for run in ("qlora-r16", "qlora-r64", "qlora-gradient")] + [rate("gpu-third", "qlora-k8")]
-    assert set(late) == {2*rate("gpu", "lora")} and rate("gpu-first", "prefix") < rate("gpu", "prefix") and rate("gpu-fourth", "bottleneck") == rate("gpu", "bottleneck")
+    assert set(late) == {2*rate("gpu", "lora")}
 
 
 def tried(run, field):
@@ -203,8 +203,8 @@ def test_the_multiple_of_the_gate_is_the_highest_tried_and_twice_that_of_two_ear
 
 
 def test_signals_as_input_have_the_multiple_of_least_loss():
-    found, used = {v: np.mean(losses) for v, losses in tried("qlora-signals", "gate_lr").items()}, {lease: record(lease, "qlora-signals")["config"]["gate_lr"] for lease in ("gpu", "gpu-second", "gpu-fourth")}
-    assert used["gpu"] == min(found, key=found.get) and used["gpu-second"] == 4*used["gpu-fourth"]
+    found, used = {v: np.mean(losses) for v, losses in tried("qlora-signals", "gate_lr").items()}, {lease: record(lease, "qlora-signals")["config"]["gate_lr"] for lease in ("gpu", "gpu-fourth")}
+    assert used["gpu"] == min(found, key=found.get) == 8*used["gpu-fourth"]
 
 
 def test_seeds_of_bottleneck_adapters_fall_into_two_groups_one_among_those_of_qlora():

