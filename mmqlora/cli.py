@@ -155,14 +155,14 @@ def _bytes(text:str) -> int:
 def _timed(text:str) -> tuple[int, str, float] | None:
     "(frames, way, seconds) of '32:stock_labels:3067'; None of ''."
     found = re.fullmatch(r"(\d+):(\w+):(\d+(?:\.\d+)?)", text)
-    if text and not (found and int(found[1]) > 1 and float(found[3])): raise InputError("--timed", f"not a timed step: '{text}'", "frames:way:milliseconds, such as 32:stock_labels:3067")
+    if text and not (found and int(found[1]) > 1 and float(found[3])): raise InputError("--timed", f"not a timed step: '{text}'", "frames:way:milliseconds of a clip of two frames or more, such as 32:stock_labels:3067")
     return (int(found[1]), found[2], float(found[3])/1000) if found else None
 
 @command
 def plan(model: Annotated[str, typer.Argument(help="Folder with a config.json, hub name, or an architecture of the benchmark (qwen2.5-vl-7b, ...).")],
          memory: Annotated[str, typer.Option(help="Memory of the GPU, such as 8GiB.")],
-         frames: Annotated[int | None, typer.Option(min=2, help="Frames of a clip (default: as many as fit).")] = None,
-         rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters (default: 16, or less where that does not fit).")] = None,
+         frames: Annotated[int | None, typer.Option(min=2, help="Frames of a clip (default: as many as fit, at most 512).")] = None,
+         rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters (default: 16, or less where as many frames as asked for do not fit with it).")] = None,
          side: Annotated[int, typer.Option(help="Pixels of a frame, where the tower takes any size.")] = 336,
          timed: Annotated[str, typer.Option(help="A step of this model that you timed, as frames:way:milliseconds, such as 32:stock_labels:3067. Default: an H100.")] = ""):
     "Say what a training step needs, from the configuration alone, and the best setting that fits a memory."

@@ -215,7 +215,7 @@ def scaling_points(records:dict, runs, size, name:str="test.loss") -> tuple[np.n
 
 def close_ticks(axis):
     "Plain numbers at 1, 2 and 5 of each power of ten: a logarithmic axis that spans little more than one."
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_major_formatter("{x:g}"); axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12)); axis.set_major_formatter("{x:g}"); axis.set_minor_formatter(NullFormatter())
 
 def change_text(flat:dict) -> str:
     "A verdict of `flatness` in words."
@@ -341,7 +341,7 @@ def efficiency_figure(cells:dict) -> Figure:
         for ax, column in zip(axes, (1, 2)):
             if rows: ax.plot([r[0] for r in rows], [r[column] for r in rows], color=PALETTE[i], marker=MARKERS[i], label=label)
     floor = {c["frames"]: floor_ms(c["weights"], c["tokens"])/1000 for c in step_cells(cells) if "weights" in c}
-    axes[1].plot(sorted(floor), [floor[f] for f in sorted(floor)], color=".3", ls=":", lw=1, label="floor, 6PT operations")
+    axes[1].plot(sorted(floor), [floor[f] for f in sorted(floor)], color=".3", ls=":", lw=1, label="floor, 6PN operations")
     for c in latest(cells).values():                                    # what was tried and did not fit, above all others
         if c.get("oom") and c.get("model") == BIG and c["way"] in WAY_NAMES and c.get("total_bytes"):
             i = list(WAY_NAMES).index(c["way"])
@@ -362,7 +362,7 @@ def planner_figure(predictions:list[dict]) -> Figure:
     names = list(dict.fromkeys(model(p) for p in predictions if p.get("measured_peak")))
     peaks = [(model(p), p["measured_peak"]/2**30, p["peak"]/2**30) for p in predictions if p.get("measured_peak")]
     times = [(model(p), p["fast_ms"], p["predicted_ms"]) for p in predictions if p.get("predicted_ms")]
-    for ax, points, what in ((axes[0], peaks, "peak, GiB"), (axes[1], times, "step, ms")):
+    for ax, points, what in ((axes[0], peaks, "GiB"), (axes[1], times, "ms")):
         for i, m in enumerate(names):
             ax.plot([x for n, x, _ in points if n == m], [y for n, _, y in points if n == m], ls="", color=PALETTE[i], marker=MARKERS[i], label=m)
         ax.axline((1, 1), slope=1, color=".5", lw=.7, zorder=0)
@@ -391,7 +391,7 @@ def levers_figure(record:dict) -> Figure:
         ax.tick_params(axis="y", labelsize="small")
         ax.barh([way for way, _ in rows], [r[column] for _, r in rows], color=colors)
         ax.axvline(1, color=".2", lw=.8)
-        ax.set(xlabel=f"{what} / stock")
+        ax.set(xlabel=f"{what} / stock_labels")
         ax.grid(False, axis="y"); ax.grid(True, axis="x")
     return figure
 

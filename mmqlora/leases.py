@@ -36,7 +36,7 @@ def lease_of(cell:dict, leases:list[dict]) -> str:
     return leases[mine[0]].get("id", f"{mine[0] + 1}") + "/" + cell["commit"][:7] if mine else "cpu" if not cell.get("gpu") else "unknown"
 
 def setting_of(name:str, cell:dict) -> str:
-    "What a cell measures, wherever and whenever: its name in the lists. (Two early leases were merged by hand, as `repeat/...` and `.../H200`.)"
+    "What a cell measures, wherever and whenever: its name in the lists, however often a lease measured it (`repeat/...`)."
     name = name.removesuffix(f"/{cell.get('lease')}").removesuffix("/H200")
     return "step" + name.removeprefix("repeat") if cell["kind"] == "repeat" else name
 

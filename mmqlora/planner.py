@@ -144,11 +144,13 @@ class Calibration:
         return float(self.factor*(((flops/self.flops + moved/self.bytes)**4 + (calls*self.call)**4)**.25).sum())
 
 def calibrate(p:Prediction, seconds:float, card:Calibration=Calibration()) -> Calibration:
-    "The machine on which the step of `p` took `seconds`: what its host needs per operation if the step waited for it, else how far card and host stay behind."
+    "The machine on which the step of `p` took `seconds`: what its host needs per operation if the step waited for it, else how far card and host stay behind. Raises `InputError` for a time that no card needs."
     def late(call): return replace(card, call=call).seconds(p) - seconds
-    waited = seconds > 2**.25*replace(card, call=0.).seconds(p)             # the host's share would be the larger one
-    if waited: return replace(card, call=brentq(late, 0., seconds/card.factor/p.calls))
-    return replace(card, factor=card.factor*seconds/card.seconds(p))
+    waited = p.calls and seconds > 2**.25*replace(card, call=0.).seconds(p)         # a fifth more than the card alone
+    if waited: return replace(card, call=brentq(late, 0., 1.01*seconds/card.factor/p.calls))
+    factor = card.factor*seconds/card.seconds(p)
+    if factor < .5: raise InputError("seconds", f"{seconds:g} are less than half of what the card needs at its ceilings ({seconds/factor:.3g})", "the time of a whole step, in seconds")
+    return replace(card, factor=factor)
 
 # %% ../nbs/12d_planner.ipynb #e5e77235
 def _row(name:str, cell:dict) -> dict:
@@ -172,13 +174,14 @@ def _counted(cell:dict) -> tuple: return *(cell.get(k) for k in ("model", "way",
 
 # %% ../nbs/12d_planner.ipynb #7c1e02c2
 def timed(rows:list[dict]) -> list[dict]:
-    "`rows` with `predicted_ms`, to be compared with `fast_ms`, by the one step of each lease that calibrates (the first of `stock_labels`); without one there is none. Where the host's pulse was felt, `paced_ms`, to be compared with `mean_step_ms`."
-    ones, counts = {}, lambda row: SimpleNamespace(**row)
+    "`rows` with `predicted_ms`, to be compared with `fast_ms`, by the one step of each lease that calibrates (the first of `stock_labels`); without one there is none; `whole_ms`: the same, the step as one stretch. Where the host's pulse was felt, `paced_ms`, to be compared with `mean_step_ms`."
+    ones, counts, whole = {}, lambda row: SimpleNamespace(**row), lambda row: SimpleNamespace(**row | dict(sent=[]))
+    def ms(one, row, of): return one and round(1000*calibrate(of(one), one["fast_ms"]/1000).seconds(of(row)), 2)
     for row in rows:
         if row["cell"].split("/")[2] == "stock_labels" and not row["cell"].startswith("gated"): ones.setdefault(row["lease"], row)
     for row in rows:
         one = ones.get(row["lease"])
-        row |= dict(calibrates=row is one, predicted_ms=round(1000*calibrate(counts(one), one["fast_ms"]/1000).seconds(counts(row)), 2) if one else None)
+        row |= dict(calibrates=row is one, predicted_ms=ms(one, row, counts), whole_ms=ms(one, row, whole))
         if one and {"mean_pulse_ms"} <= one.keys() & row.keys(): row["paced_ms"] = _paced(counts(one), counts(row))
     return rows
 

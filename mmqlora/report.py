@@ -16,7 +16,7 @@ __all__ = ['RETRIEVAL', 'DIRECTIONS', 'FIELDS', 'METRICS', 'PAIRED', 'BEYOND', '
            'damaged', 'ood_parts', 'ood_macros', 'about_macros', 'everywhere', 'laws', 'percent', 'law_macros',
            'processor_macros', 'joined_macros', 'measured', 'planner_errors', 'planner_delays', 'planner_paces',
            'planner_news', 'gate_macros', 'pair_macros', 'planner_macros', 'efficiency_macros', 'names_of', 'again',
-           'left_open', 'turned', 'again_macros', 'tuned_in', 'thin', 'gpu_macros', 'by_corruption', 'beyond_macros',
+           'left_open', 'turned', 'again_macros', 'tuned_in', 'gpu_macros', 'by_corruption', 'beyond_macros',
            'error_macros', 'merged', 'macros', 'tabular', 'cell', 'measure_table', 'main_table', 'selectors_table',
            'gates_table', 'ranks_table', 'baselines_table', 'retrieval_table', 'ood_table', 'cost_table',
            'significance_table', 'extended_table', 'interactions_table', 'marks_of', 'outcomes_table', 'verdicts_table',
@@ -645,11 +645,11 @@ def planner_paces(e:Evidence) -> np.ndarray:
     return np.array([p["paced_ms"]/p["mean_step_ms"] - 1 for p in e.efficiency["predictions"] if p.get("paced_ms") and not p["calibrates"]])
 
 def planner_news(e:Evidence) -> np.ndarray:
-    "Predicted over measured time, minus one, of the fastest and of the mean step (a row each) of settings that only the last lease measured."
+    "Predicted over measured time, minus one, of the fastest and of the mean step, and of the fastest as one stretch (a row each), of settings that only the last lease measured."
     cells, rows = e.efficiency["cells"], [p for p in e.efficiency["predictions"] if p.get("paced_ms")]
     known = {setting_of(name, c) for name, c in cells.items() if c.get("lease") != rows[-1]["lease"]} if rows else ()
     new = [p for p in rows if p["lease"] == rows[-1]["lease"] and setting_of(p["cell"], cells[p["cell"]]) not in known]
-    return np.array([[p[a]/p[b] - 1 for a, b in (("predicted_ms", "fast_ms"), ("paced_ms", "mean_step_ms"))] for p in new])
+    return np.array([[p[a]/p[b] - 1 for a, b in (("predicted_ms", "fast_ms"), ("paced_ms", "mean_step_ms"), ("whole_ms", "fast_ms"))] for p in new]).reshape(-1, 3)
 
 # %% ../nbs/14a_report.ipynb #a7e4aa49
 def gate_macros(e:Evidence) -> dict:
@@ -685,11 +685,11 @@ def _greatest(values, of=np.max) -> str:
     return percent(float(of(abs(values))) if len(values) else None)
 
 def planner_macros(e:Evidence) -> dict:
-    "eff.planner.<n, median, worst>: of peaks; .time.*: of fastest steps; .paced.*: of mean steps at the host's pulse; .new.*: of either, where only the last lease has the setting; .stock.*: of fastest steps of stock."
-    errors, late, paced, stock, new = planner_errors(e), abs(planner_delays(e)), planner_paces(e), planner_delays(e, "/stock"), planner_news(e)
+    "eff.planner.<n, median, worst>: of peaks; .time.*: of fastest steps; .paced.*: of mean steps at the host's pulse; .new.*: of either (short: how much too short on average; whole: worst as one stretch), where only the last lease has the setting."
+    errors, late, paced, new = planner_errors(e), abs(planner_delays(e)), planner_paces(e), planner_news(e)
     out = {"eff.planner.n": str(len(errors)), "eff.planner.median": _greatest(errors, np.median), "eff.planner.worst": _greatest(errors)}
-    out |= {"eff.planner.stock.n": str(len(stock)), "eff.planner.stock.worst": _greatest(stock), "eff.planner.paced.n": str(len(paced)), "eff.planner.paced.worst": _greatest(paced), "eff.planner.new.n": str(len(new)), "eff.planner.new.worst": _greatest(new)}
-    out["eff.planner.calibrations"] = str(sum(bool(p.get("calibrates")) for p in e.efficiency["predictions"]))
+    out |= {"eff.planner.paced.n": str(len(paced)), "eff.planner.paced.worst": _greatest(paced), "eff.planner.new.n": str(len(new)), "eff.planner.new.worst": _greatest(new[:, :2].ravel())}
+    out |= {"eff.planner.new.short": percent(-new[:, :2].mean() if len(new) else None), "eff.planner.new.whole": _greatest(new[:, 2])}
     medians = abs(planner_delays(e, key="measured_ms"))
     return out | {"eff.planner.time.n": str(len(late)), "eff.planner.time.worst": _greatest(late), "eff.planner.time.typical": _greatest(late, np.median), "eff.planner.time.medians": str((medians > .25).sum()),
                   "eff.planner.time.outside": str((late > .25).sum()), "eff.planner.time.within": str((late <= .25).sum())}
@@ -789,24 +789,18 @@ def tuned_in(e:Evidence) -> str:
     leases = {base_hash_of(e.gpu): "the same lease"} | {base_hash_of(records): f"the {name} lease" for name, records in e.before.items()}
     return leases.get((e.gpu_tune or {}).get("base_hash", ""), "another lease")
 
-def thin(e:Evidence) -> str:
-    "The claims of the tier gpu with a comparison of a run that trained with two seeds, as the text lists them."
-    def two(run): return bool(e.gpu[run]["config"]["steps"]) and len(e.gpu[run]["config"]["seeds"]) == 2
-    found = [c for c in claims() if any(r["claim"] == c and (two(r["a"]) or two(r["b"])) for r in e.tested["gpu"] + e.added["gpu"])]
-    return " and ".join(filter(None, (", ".join(found[:-1]), *found[-1:]))) or "no claim"
-
 def _about_gpu(e:Evidence) -> dict:
     tested = e.tested["gpu"]
     seeds = [len(r["config"]["seeds"]) for r in e.gpu.values() if r["config"]["steps"]]
     about = dict(missing=names_of(r for r in (*GPU_PLAN, *GPU_ADDED) if r not in e.gpu), wanted=len(GPU_ADDED), n=sum(r in e.gpu for r in GPU_PLAN), added=sum(r in e.gpu for r in GPU_ADDED), planned=len(GPU_PLAN), compared=len(tested),
-                 seeds=max(seeds, default=0), fewest=min(seeds, default=0), full=sum(n == max(seeds) for n in seeds), runs=len(e.gpu), jobs=sum(len(r["config"]["seeds"]) for r in e.gpu.values()),
-                 sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]), diverged=names_of(r for r, x in e.gpu.items() if diverged(x)),
-                 lost=sum(map(diverged, e.gpu.values())), tuned=tuned_in(e), thin=thin(e))
+                 seeds=max(seeds, default=0), fewest=min(seeds, default=0), runs=len(e.gpu), jobs=sum(len(r["config"]["seeds"]) for r in e.gpu.values()),
+                 sure=sum(r["pall"] < .05 for r in tested), clips=count(e.params.profiles["gpu"].clips["test"]),
+                 lost=sum(map(diverged, e.gpu.values())), tuned=tuned_in(e))
     return {f"gpu.{k}": str(v) for k, v in about.items()}
 
 def gpu_macros(e:Evidence) -> dict:
     """gpu.<run>.<metric>, gpu.diff.<a>.<b>.<metric>, gpu.ood..., gpu.cost.<run>...: n/a where planned and missing; gpu.<run>.diverged: seeds that came to nothing.
-    gpu.missing, diverged: names; gpu.n of the planned runs, added of the wanted ones, compared, seeds, fewest, full (runs with all seeds), runs, jobs (seeds of all runs), lost (of them); tuned: in which lease; thin: claims that rest on two seeds."""
+    gpu.missing: names; gpu.n of the planned runs, added of the wanted ones, compared, seeds, fewest, runs, jobs (seeds of all runs), lost (of them, diverged); tuned: in which lease."""
     made = _absent() | metric_macros(e.gpu) | diff_macros(e.tested["gpu"] + e.added["gpu"]) | more_macros(e.doubled["gpu"]) | ood_macros(e.gpu) | cost_macros(e.gpu) | beyond_macros(e.gpu) | error_macros(e.gpu)
     made |= {f"{run}.diverged": str(diverged(e.gpu[run])) if run in e.gpu else "n/a" for run in {*GPU_PLAN, *e.gpu}}
     return {f"gpu.{k}": v for k, v in made.items()} | _about_gpu(e)
@@ -1099,14 +1093,19 @@ def _steps(cells, names:dict) -> str:
     return tabular("l"*len(names) + "rr", [[*names, "Peak GiB", "ms/step"]], [row(c) for c in cells])
 
 def efficiency_table(e:Evidence) -> str:
-    "Peak and time of a step by model and frames, stock and ours beside each other, on the card that measured last."
-    cards = {(c["model"], c["frames"]): c.get("gpu") for c in e.efficiency["cells"].values() if is_step(c)}                # the last one counts
-    beside, found = {c["model"] for c in _of_kind(e, "liger")}, {}                                                         # whose steps are in `methodsteps_table`
-    for c in step_cells(e.efficiency["cells"], None):
+    "Peak and time of a step by model and frames, stock and ours beside each other, on the card that measured last and, but for what has a star, in one lease."
+    steps, found = [c for c in e.efficiency["cells"].values() if is_step(c)], {}
+    cards = {(c["model"], c["frames"]): c.get("gpu") for c in steps}                                                       # the last one counts
+    beside = {c["model"] for c in _of_kind(e, "liger")}                                                                    # whose steps are in `methodsteps_table`
+    for c in steps:
         key = c["model"], c["frames"]
-        if c["way"] in BESIDES and c["model"] not in beside and c.get("gpu") == cards[key]: found.setdefault(key, {})[c["way"]] = c
-    def pair(c): return [number(c["peak_bytes"]/2**30, 2), count(c["step_ms"])] if c else ["--", "--"]
-    def rows(model): return [[str(n), *chain.from_iterable(pair(found[m, n].get(w)) for w in BESIDES)] for m, n in sorted(found) if m == model]
+        if c["way"] in BESIDES and c["model"] not in beside and c.get("gpu") == cards[key]: found.setdefault(key, {}).setdefault(session_of(c, e.efficiency.get("leases", [])), {})[c["way"]] = c
+    def pair(c, mark=""): return [number(c["peak_bytes"]/2**30, 2), count(c["step_ms"]) + mark] if c else ["--", "--"]
+    def cells(leases):
+        most = max(reversed(leases.values()), key=len)                                                                     # the last of the leases with most ways: one host for the row
+        latest = {way: c for ways in leases.values() for way, c in ways.items()}
+        return chain.from_iterable(pair(most.get(w) or latest.get(w), "" if w in most else "$^*$") for w in BESIDES)
+    def rows(model): return [[str(n), *cells(found[m, n])] for m, n in sorted(found) if m == model]
     def part(model): return [None, [rf"\multicolumn{{{2*len(BESIDES) + 1}}}{{@{{}}l@{{}}}}{{{model}}}"], *rows(model)]
     over = " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{run_name(w)}}}" for w in BESIDES)]) + r" \\" + "".join(rf"\cmidrule(lr){{{k}-{k + 1}}}" for k in range(2, 2*len(BESIDES) + 2, 2))
     models = sorted({m for m, _ in found}, key=lambda m: (m != BIG, m))
@@ -1247,17 +1246,16 @@ def hyper_table(e:Evidence) -> str:
 
 # %% ../nbs/14a_report.ipynb #ff13f3ce
 def provenance_table(e:Evidence) -> str:
-    "What was made by which code, versions and machine: runs that agree in all of it share a row; their records hold seeds and configuration hash."
+    "What was made by which code, versions and machine: seeds that agree in all of it share a row; the records hold their configuration hash."
     def made(r):
         v, h = r["versions"], r["hardware"]
         machine = h.get("gpu") or f"{h['system']} {h['machine']}, {h['cpus']} CPUs"
         return rf"\texttt{{{r['code_version']}}}", *(str(v.get(k, "--")) for k in ("python", "torch", "bitsandbytes")), escape(machine)
-    named = [*e.records.items(), *((f"gpu: {run}", r) for records in (e.gpu, *e.before.values()) for run, r in records.items()), ("efficiency", e.efficiency), ("processor", e.cpu), *([("merged", e.joined)] if "versions" in e.joined else [])]
-    tiers = {}
-    for name, r in named: tiers.setdefault((r.get("tier", ""), made(r)), []).append(name)
+    def seeds(where, records): return [(where, made(by)) for r in records.values() for by in (r.get("by_seed") or dict.fromkeys(r["config"]["seeds"], r)).values()]
+    found = Counter([*seeds(e.tier, e.records), *seeds("gpu", e.gpu), *(one for name, records in e.before.items() for one in seeds(f"gpu, {name} lease", records))])
+    single = [("efficiency", e.efficiency), ("processor", e.cpu), *([("merged", e.joined)] if "versions" in e.joined else [])]
     header = ["What", "Code", "Python", "PyTorch", "bitsandbytes", "Machine"]
-    def told(tier, names): return f"{len(names)} runs of tier {tier}" if len(names) > 1 else run_name(names[0])
-    return tabular("llllll", [header], [[told(tier, names), *how] for (tier, how), names in tiers.items()])
+    return tabular("llllll", [header], [[f"{n} seeds of tier {where}", *how] for (where, how), n in found.items()] + [[run_name(name), *made(r)] for name, r in single])
 
 TABLES = dict(main=main_table, retrieval=retrieval_table, selectors=selectors_table, gates=gates_table, ranks=ranks_table, ood=ood_table, cost=cost_table,
               significance=significance_table, outcomes=outcomes_table, audit=audit_table, corpus=corpus_table, hyper=hyper_table, provenance=provenance_table,
@@ -1286,9 +1284,10 @@ OTHERS = ("idefics-9b", "video-llama3-7b", "qwen2-vl-2b")
 
 def _other_rows(e:Evidence) -> list[tuple]:
     "Rows of the other models, of packed clips (the worst lease) and of the tier cpu."
-    found = [pair for model in OTHERS for pair in pairs(e.efficiency, "ours", "stock_labels", model).values()]
+    by_model = [[*pairs(e.efficiency, "ours", "stock_labels", model).values()] for model in OTHERS]
+    found, models = sum(by_model, []), sum(map(bool, by_model))
     packed = [gap for name, gap in e.efficiency.get("gaps", {}).items() if "/ours_small/" in name]
-    return [*((f"{len(found)} other models, worst {name} over stock's", 1, max((of(a)/of(b) for a, b in found), default=None), "") for name, of in (("peak", itemgetter("peak_bytes")), ("time", fast_ms))),
+    return [*((f"{models} other models, worst {name} over stock's", 1, max((of(a)/of(b) for a, b in found), default=None), "") for name, of in (("peak", itemgetter("peak_bytes")), ("time", fast_ms))),
             ("packed clips, time over the floor", 2.5, max(packed, default=None), ""),
             ("tier cpu, worst time over plain PyTorch's", 1.1, max((c["of_plain"] for c in e.cpu["costs"].values()), default=None), "")]
 

@@ -67,6 +67,7 @@ GREATER = [                                           # the first value above th
     *((f"{t}diff.tqlora.qlora-uniform-k4.transient", f"{t}diff.tqlora.qlora-uniform-k4.exact") for t in TIERS),
     *((f"{t}tqlora-cover.test.exact", f"{t}qlora-cover-k4.test.exact") for t in TIERS),
     *((f"{t}diff.tqlora.qlora-uniform-k4.exact", f"{t}diff.tqlora-k2.qlora-uniform-k2.exact") for t in TIERS), ("tqlora.test.exact", "tqlora-scalar.test.exact"),
+    ("gpu.diff.tqlora.qlora-uniform-k4.exact", "gpu.diff.qlora-cover-k4.qlora-uniform-k4.exact"), ("diff.qlora-cover-k4.qlora-uniform-k4.exact", "diff.tqlora.qlora-uniform-k4.exact"),
     *((f"{t}diff.qlora-d1600.qlora-d400.exact", f"{t}diff.qlora.qlora-d1600.exact") for t in TIERS),
     ("diff.qlora.qlora-uniform.exact", "diff.qlora-k4.qlora-uniform-k4.exact"),              # the gain of entropy shrinks with fewer frames ...
     ("gpu.diff.qlora-k4.qlora-uniform-k4.exact", "gpu.diff.qlora.qlora-uniform.exact"),      # ... and grows where half of them were seen
@@ -147,6 +148,10 @@ def test_missed_transients_are_the_commonest_error_of_tuned_runs_that_learned(sa
         if run in SHOWN: assert (n["content"] < .05*said[f"{prefix}errors.{run}.n"]) == ((tier, run) != ("gpu", "qlora-text")), run
 
 
+def test_a_fifth_of_the_errors_of_all_parts_together_on_the_tier_gpu_are_of_content(said):
+    assert .18 < said["gpu.errors.all.content"]/said["gpu.errors.all.wrong"] < .22 and said["gpu.errors.all.wrong"] == min(said[f"gpu.errors.{run}.wrong"] for run in SHOWN if f"gpu.errors.{run}.wrong" in said)
+
+
 def test_no_seed_of_the_tier_gpu_diverged_and_those_of_earlier_leases_are_told_by_lease(said):
     lost = {lease: {run for run in (p.stem for p in (ROOT/"results"/lease).glob("*.json")) if diverged(record(lease, run))} for lease in ("gpu", *(f"gpu-{name}" for name in LEASES))}
     assert lost == {"gpu": set(), "gpu-first": {"prefix"}, "gpu-second": {"qlora-r16", "qlora-r64", "qlora-gradient"}, "gpu-third": {"qlora-k8"}, "gpu-fourth": {"bottleneck"}} and said["gpu.lost"] == 0
@@ -156,7 +161,8 @@ def test_earlier_leases_repeat_what_this_one_decides(said, words):
     "And those of another sign have an interval around zero."
     assert said["again.n"] > said["again.same"] > said["again.distinct"] > 20 and said["again.sure"] > .85*said["again.n"]
     intervals = re.findall(r"\[(.*?), (.*?)\]", words["again.turned"].replace("$-$", "-"))
-    assert len(intervals) == said["again.n"] - said["again.same"] and all(float(low) < 0 < float(high) for low, high in intervals)
+    assert len(intervals) == said["again.n"] - said["again.same"] == 6 and words["again.turned"].count("(") == 6 and words["again.turned"].split(r"\texttt{tqlora}")[0].count("(") == 5      # C1's come first
+    assert all(float(low) < 0 < float(high) for low, high in intervals)
 
 
 @pytest.mark.parametrize("key, sign", [("first.diff.bottleneck.qlora.exact", 1), ("second.diff.bottleneck.qlora.exact", 1)])
@@ -188,7 +194,7 @@ def test_what_earlier_leases_had_decided_against_is_decided_so_here_for_rivals_a
 def test_seeds_of_earlier_leases_diverged_at_the_rates_that_the_text_has():
     def rate(lease, run): return record(lease, run)["config"]["lr"]
     late = [rate("gpu-second", run) for run in ("qlora-r16", "qlora-r64", "qlora-gradient")] + [rate("gpu-third", "qlora-k8")]
-    assert set(late) == {2*rate("gpu", "lora")}
+    assert set(late) == {2*rate("gpu", "lora")} and rate("gpu-first", "prefix") < rate("gpu", "prefix") and rate("gpu-fourth", "bottleneck") == rate("gpu", "bottleneck")
 
 
 def tried(run, field):
@@ -197,9 +203,27 @@ def tried(run, field):
     return {value: [t["loss"] for t in trials if t[field] == value] for value in sorted({t[field] for t in trials})}
 
 
-def test_the_multiple_of_the_gate_is_the_highest_tried_and_twice_that_of_two_earlier_leases():
-    used = {lease: record(lease, "tqlora")["config"]["gate_lr"] for lease in ("gpu", "gpu-first", "gpu-fourth")}
-    assert max(tried("tqlora", "gate_lr")) == used["gpu"] == 2*used["gpu-first"] == 2*used["gpu-fourth"]
+def test_gate_and_input_have_the_highest_multiples_of_their_grids_where_the_loss_still_fell():
+    for run in ("tqlora", "qlora-signals"):
+        losses = [np.mean(found) for found in tried(run, "gate_lr").values()]              # by value, from the lowest
+        assert losses == sorted(losses, reverse=True) and record("gpu", run)["config"]["gate_lr"] == max(tried(run, "gate_lr"))
+
+
+def test_most_rates_of_the_tier_gpu_lie_at_the_edge_of_their_grid():
+    made = read_json(ROOT/"results/gpu-tune.json")
+    edge = [made["chosen"][key][field] in (min(grid), max(grid)) for run, fields in made["config"]["grid"].items() for field, grid in fields.items() for key in ({"tqlora": "gated"}.get(run, run),)]
+    assert len(edge) == 9 and sum(edge) > len(edge)/2
+
+
+def test_the_gain_of_the_gate_in_earlier_leases_is_between_those_of_the_fourth_and_the_second_and_below_that_of_this(said):
+    gain = {name: said[f"again.{name}.diff.tqlora.qlora-uniform-k4.exact"] for name in LEASES if f"again.{name}.diff.tqlora.qlora-uniform-k4.exact" in said}
+    assert sorted(gain, key=gain.get) == ["fourth", "first", "second"] and max(gain.values()) < said["gpu.diff.tqlora.qlora-uniform-k4.exact"]
+
+
+def test_stock_steps_and_those_that_count_differ_by_less_than_seeds_do():
+    for run, exact in read_json(ROOT/"results/benchmarks/lean.json")["exact"]["runs"].items():
+        assert exact["counts"] == record("gpu", run)["metrics"]["test.exact"]["seeds"]
+        assert abs(np.mean(exact["counts"]) - np.mean(exact["stock"])) < max(np.ptp(exact["counts"]), np.ptp(exact["stock"])), run
 
 
 def test_signals_as_input_have_the_multiple_of_least_loss():
