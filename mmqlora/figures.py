@@ -214,8 +214,9 @@ def scaling_points(records:dict, runs, size, name:str="test.loss") -> tuple[np.n
     return np.array([size(records[r]) for r in runs], float), losses if name.endswith("loss") else 1 - losses
 
 def close_ticks(axis):
-    "Plain numbers at 1, 2 and 5 of each power of ten: a logarithmic axis that spans little more than one."
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12)); axis.set_major_formatter("{x:g}"); axis.set_minor_formatter(NullFormatter())
+    "Plain numbers at 1, 2 and 5 of each power of ten on a logarithmic axis that spans less than two of them, else at 1."
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100*low else (1,), numticks=12)); axis.set_major_formatter("{x:g}"); axis.set_minor_formatter(NullFormatter())
 
 def change_text(flat:dict) -> str:
     "A verdict of `flatness` in words."
@@ -371,7 +372,7 @@ def planner_figure(predictions:list[dict]) -> Figure:
         for axis in (ax.xaxis, ax.yaxis): close_ticks(axis)
     ones = [p["fast_ms"] for p in predictions if p.get("calibrates")]
     axes[1].plot(ones, ones, ls="", marker="o", ms=9, mfc="none", color=".3")
-    axes[0].legend()
+    axes[0].legend(loc="lower right")
     return figure
 
 # %% ../nbs/14_figures.ipynb #4e6a4dd7
