@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel, SmolVLMVisionAttention, SmolVLMVisionEmbeddings
 
-from .model import base_of
+from .model import base_of, unpacked
 from .temporal import GateVariant, autocasts, compute_dtype
 
 # %% ../nbs/08f_lean.ipynb #a0bcba8b
@@ -41,7 +41,7 @@ def copies_of(model:nn.Module) -> list[torch.Tensor]:
 
 def dense_weight(linear:nn.Module, dtype:torch.dtype|None=None) -> torch.Tensor:
     "The (out, in) matrix that a frozen linear stands for, in `dtype` (default: as it is stored); kept with it if `lean` said so."
-    weight, four, copy = linear.weight, isinstance(linear, bnb.nn.Linear4bit), linear.__dict__.get("dense")
+    weight, four, copy = unpacked(linear).weight, isinstance(linear, bnb.nn.Linear4bit), linear.__dict__.get("dense")
     if not four and dtype in (None, weight.dtype): return weight
     kept = copy is not None and copy.fits(weight)
     if kept and dtype in (None, copy.matrix.dtype): return copy.matrix

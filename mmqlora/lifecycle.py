@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .core import InputError, atomic_path
+from .model import unpacked
 from .temporal import Gated, GateVariant, gated_delta, static_gate
 
 # %% ../nbs/08e_lifecycle.ipynb #e7244298
 def float_weight(layer:nn.Module) -> torch.Tensor:
     "The weight of a linear as the numbers it stands for, (out, in), whatever its bits."
     if not isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)): return layer.weight.detach()
-    layer.state_dict()                     # on some CPUs bitsandbytes packs 4-bit weights for inference; saving unpacks them
-    return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
+    return dequantize_bnb_weight(unpacked(layer).weight, state=getattr(layer, "state", None)).detach()
 
 def _delta(layer, adapter:str) -> torch.Tensor:
     return gated_delta(layer, adapter) if isinstance(layer, Gated) else layer.get_delta_weight(adapter)

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .blocks import Group, Offload, Plan, Unfit, dense, fuse_layer, fuse_norm, gates_ahead, project, project_grad, read_linear
 from .core import InputError, atomic_path, content_hash, file_hash
 from .ledger import in_host
-from .model import base_of
+from .model import base_of, unpacked
 from .temporal import uncast
 
 # %% ../nbs/09c_lowmem.ipynb #6ffe2d58
@@ -171,7 +171,7 @@ class HeadRows:
         for first, last in self.spans(): yield first, self.rows(first, last)
 
     def rows(self, first:int, last:int) -> torch.Tensor:
-        weight = self.head.weight
+        weight = unpacked(self.head).weight
         state = getattr(weight, "quant_state", None)
         if state is not None: return _rows_4bit(weight, state, first, last)
         if first in self.ready: return self._arrived(first)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'NO_TOWER', 'THINKERS', 'small_config', 'new_model', 'base_of', 'modality_map', 'prefixes_of',
            'modality_of', 'tower_pattern', 'in_towers', 'linears', 'quantization_config', 'read_config',
-           'same_precision', 'from_pretrained', 'processor', 'mixed_precision', 'load_model', 'save_model', 'bits_of']
+           'same_precision', 'unpacked', 'from_pretrained', 'processor', 'mixed_precision', 'load_model', 'save_model',
+           'bits_of']
 
 # %% ../nbs/07_model.ipynb #5a2112e8
 import os
@@ -179,6 +180,11 @@ def same_precision(model:nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
     return model
+
+def unpacked(linear:nn.Module) -> nn.Module:
+    "`linear`, its 4-bit weight in the order in which it was quantized: there bitsandbytes puts it into another to evaluate; saving puts it back."
+    if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False): linear.state_dict()
+    return linear
 
 # %% ../nbs/07_model.ipynb #51ba06ed
 def from_pretrained(

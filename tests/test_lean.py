@@ -1,9 +1,10 @@
 "The lean forward passes of the default tier against those of transformers, peft and bitsandbytes."
 import copy
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
 
 import mmqlora.lean as lean_room
 from mmqlora import train
@@ -121,6 +122,17 @@ def test_what_is_stored_stays_in_four_bits(training, short, monkeypatch):
     before = storage_bytes(ours)
     write_captions(ours, trainer(training, short, monkeypatch, lean).tokenizer, training[0][:2])
     assert storage_bytes(ours) == before == storage_bytes(stock)
+
+
+def test_weights_that_evaluation_packed_for_the_cpu_are_read_right():
+    "bitsandbytes orders them anew where a CPU has AVX512-BF16; here as it would, whatever this one has."
+    torch.manual_seed(0)
+    linear = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4")
+    linear.weight = bnb.nn.Params4bit(torch.randn(64, 128), requires_grad=False, quant_type="nf4").to("cpu")
+    wanted = dense_weight(linear).clone()
+    linear.weight.data, linear.weight.quant_state = _convert_weight_packed_for_cpu(linear.weight.data, linear.weight.quant_state)
+    assert linear.weight.quant_state.packing_format_for_cpu
+    assert torch.allclose(dense_weight(linear), wanted, atol=.02)      # packing rounds the scales to bfloat16
 
 
 def test_a_copy_is_its_own(training, short, monkeypatch):
